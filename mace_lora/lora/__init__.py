@@ -1,0 +1,1 @@
+"""Degree-parity-independent LoRA: torch and e3nn only."""

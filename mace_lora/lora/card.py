@@ -1,0 +1,53 @@
+"""Model card of an adapter, in the form that model hubs read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["model_card"]
+
+
+def model_card(content: Mapping[str, Any], run: Mapping[str, str], parameters: int) -> str:
+    """README.md of an adapter folder.
+
+    Args:
+        content: ``adapter_config.json`` as a dictionary.
+        run: header of the weights file: epoch, validation errors.
+        parameters: number of values in the adapter.
+    """
+    own = content["equitune"]
+    meta, config = own["metadata"], own["config"]
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {meta.get('base_model', 'unknown')}",
+        "tags: [lora, mace, interatomic-potential, equitune]",
+        "---",
+        "",
+        "# LoRA adapter for an equivariant interatomic potential",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| preset | {config['preset']} |",
+        f"| rank, alpha | {config['rank']}, {config['alpha']:g} |",
+        f"| parameters | {parameters:,} |",
+        f"| adapted modules | {len(own['modules'])} |",
+    ]
+    for key in (
+        "base_fingerprint", "foundation_fingerprint", "elements", "r_max", "E0s", "units", "level_of_theory",
+        "heads", "e3nn_convention", "versions", "command", "data",
+    ):  # fmt: skip
+        if key in meta:
+            lines.append(f"| {key.replace('_', ' ')} | `{meta[key]}` |")
+    lines += [f"| {k.replace('_', ' ')} | {v} |" for k, v in run.items() if k != "format"]
+    lines += [
+        "",
+        "```python",
+        "from mace_lora import load_adapter, merge_lora",
+        "model = load_adapter(base_model, 'path/to/this/folder')   # base_model: see the fingerprint above",
+        "model = merge_lora(model)                                 # optional: stock MACE modules again",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""Fingerprint of a base model: which weights an adapter belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from .inject import adapter_layers
+
+__all__ = ["fingerprint"]
+
+# Buffers that define the potential. Others (coupling tensors, masks) follow from the architecture
+# and the e3nn version.
+_BUFFERS = {
+    "atomic_numbers", "r_max", "atomic_energies", "scale", "shift", "scales", "shifts", "bessel_weights",
+}  # fmt: skip
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over a model's configuration and weights, without its adapters.
+
+    Weights are hashed as float32, so that a model loaded in float64 or float32 has the same
+    fingerprint. Adapters, merged or not, do not change it.
+
+    Args:
+        model: a base model, with or without adapters.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    tensors = _base_tensors(model)
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu()
+        value = value.to(torch.float32) if value.is_floating_point() else value.to(torch.int64)
+        digest.update(f"{name}|{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    for name, module in sorted(_base_modules(model).items()):
+        neighbours = getattr(module, "avg_num_neighbors", None)
+        if isinstance(neighbours, int | float):
+            digest.update(f"{name}.avg_num_neighbors|{float(neighbours):.6g}".encode())
+    return digest.hexdigest()
+
+
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    inside = tuple(f"{n}." for n in adapter_layers(model))
+    return {n: m for n, m in model.named_modules() if not n.startswith(inside)} if inside else dict(model.named_modules())
+
+
+def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    layers = adapter_layers(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if any(f".{store}." in f".{name}" for store in ("lora_A", "lora_B", "lora_dense")):
+            continue
+        leaf = name.rpartition(".")[2]
+        if not isinstance(value, nn.Parameter) and leaf not in _BUFFERS:
+            continue
+        tensors[name.replace(".base_layer", "")] = value
+    for name, layer in layers.items():
+        for parameter, original in layer._unmerged.items():
+            tensors[f"{name}.{parameter}"] = original
+    return tensors

@@ -1,0 +1,215 @@
+"""``mace_run_train --lora``: flags and behaviour of LoRA in MACE's training command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mace_lora.mace_plugin import base_model, labels
+from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
+
+from .adapter import load_tensors, read_adapter, save_adapter
+from .config import INITS, PRESETS, LoraConfig, parse_rank_pattern
+from .fingerprint import fingerprint
+from .inject import apply_lora, apply_plan, merge_lora
+from .preflight import preflight
+
+__all__ = ["LoraPlugin"]
+
+ADAPTER = "default"
+
+
+class LoraPlugin(TrainPlugin):
+    """LoRA for MACE: replaces upstream's ``--lora`` unless ``--lora_backend=mace``."""
+
+    name = "lora"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add ``--lora_*`` and let ``--lora`` stand without a value."""
+        actions = {a.dest: a for a in parser._actions}
+        lora = actions["lora"]
+        lora.nargs, lora.const = "?", True
+        lora.help = "fine-tune low-rank adapters instead of all weights; --lora, --lora True or YAML 'lora: true'"
+        rank, alpha = actions["lora_rank"], actions["lora_alpha"]
+        rank.default = alpha.default = None
+        rank.help = "rank r of every (l, p) block (unset: 16, or 4 with --lora_backend=mace)"
+        alpha.help = "the update is scaled by alpha/r (unset: the rank, or 1 with --lora_backend=mace)"
+        group = parser.add_argument_group("LoRA (equitune)")
+        group.add_argument(
+            "--lora_backend", choices=("equitune", "mace"), default="equitune", help="whose LoRA layers to use"
+        )
+        group.add_argument(
+            "--lora_preset",
+            choices=PRESETS,
+            default="degree_parity",
+            help="degree_parity: every equivariant weight, one independent pair per irrep (l, p); "
+            "upstream: only the layers that MACE's own LoRA adapts",
+        )
+        group.add_argument("--lora_rank_pattern", default="", help="rank per irrep, e.g. '0e:16,1o:8'")
+        group.add_argument(
+            "--lora_targets", default=None, help="comma-separated regular expressions of module names to adapt"
+        )
+        group.add_argument(
+            "--lora_dense",
+            default="preset",
+            help="parameters trained in full: 'preset', 'none', or comma-separated regular expressions",
+        )
+        group.add_argument("--lora_init", choices=INITS, default="elora", help="distribution of A (B starts at zero)")
+        group.add_argument("--lora_init_adapter", default=None, metavar="DIR", help="start from this adapter")
+        group.add_argument(
+            "--lora_weight_decay", type=float, default=0.0, help="weight decay of all adapter parameters"
+        )
+
+    def enabled(self, args: argparse.Namespace) -> bool:
+        return bool(args.lora) and args.lora_backend == "equitune"
+
+    def check_args(self, run: Run) -> None:
+        args = run.args
+        ours = args.lora_backend == "equitune"
+        if args.lora_rank is None:
+            args.lora_rank = 16 if ours else 4
+        if args.lora_alpha is None:
+            args.lora_alpha = float(args.lora_rank) if ours else 1.0
+        if not self.enabled(args):
+            return
+        try:
+            run.state["lora_config"] = _config_from(args)
+        except ValueError as err:
+            raise SettingsError(f"--lora_*: {err}") from err
+        _refuse_conflicts(args)
+        if args.lora_init_adapter is not None:
+            try:
+                run.state["lora_start"] = read_adapter(args.lora_init_adapter)
+            except (ValueError, FileNotFoundError) as err:
+                raise SettingsError(f"--lora_init_adapter: {err}") from err
+        labels.check_files(args)
+
+    def before_model(self, run: Run) -> None:
+        foundation = run.foundation
+        if foundation is None:
+            raise SettingsError("--lora: expected a base model, got none; give --foundation_model")
+        known = {int(z) for z in foundation.atomic_numbers}
+        missing = sorted(set(run.elements) - known)
+        if missing:
+            raise SettingsError(
+                f"--train_file: element(s) Z = {missing} are missing in the base model {run.args.foundation_model}, "
+                f"which has Z = {sorted(known)}; choose a base that covers them, or train without --lora"
+            )
+
+    def after_model(self, run: Run, model: nn.Module) -> nn.Module:
+        config, start = run.state["lora_config"], run.state.get("lora_start")
+        run.state["lora_metadata"] = _metadata(run, model)
+        model = model.to(torch.device(run.args.device))
+        try:
+            if start is None:
+                apply_lora(model, config, ADAPTER)
+            else:
+                run.state["lora_config"] = config = start.config
+                _check_start(run, start.metadata, model)
+                apply_plan(model, start.plan, config, ADAPTER)
+                load_tensors(model, start, ADAPTER, Path(run.args.lora_init_adapter))
+        except ValueError as err:
+            raise SettingsError(f"--lora: {err}") from err
+        preflight(run, model, ADAPTER, fresh=start is None)
+        return model
+
+    def optimizer_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
+        # One group, whatever the parameters' names: upstream decays by name.
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return [
+            {"name": "lora", "params": trained, "weight_decay": run.args.lora_weight_decay, "lr": run.args.lr},
+        ]
+
+    def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
+        suffix = "_stagetwo-adapter" if stage_two else "-adapter"
+        folder = Path(run.args.model_dir) / f"{run.args.name}{suffix}"
+        save_adapter(
+            model,
+            folder,
+            adapter_name=ADAPTER,
+            config=run.state["lora_config"],
+            metadata=run.state["lora_metadata"],
+            run={"epoch": epoch, "validation_loss": run.last_valid_loss},
+        )
+        if not run.state.get("lora_announced"):
+            run.state["lora_announced"] = True
+            logging.info("equitune: writing the adapter to %s at every best epoch", folder)
+        return {"config": run.state["lora_config"].to_dict()}
+
+    def before_save(self, run: Run, model: nn.Module) -> nn.Module:
+        return merge_lora(model)
+
+
+def _config_from(args: argparse.Namespace) -> LoraConfig:
+    """LoRA settings from the command line."""
+    dense: tuple[str, ...] | None = None
+    if args.lora_dense == "none":
+        dense = ()
+    elif args.lora_dense != "preset":
+        dense = tuple(_split(args.lora_dense))
+    return LoraConfig(
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        preset=args.lora_preset,
+        rank_pattern=parse_rank_pattern(args.lora_rank_pattern),
+        targets=None if args.lora_targets is None else tuple(_split(args.lora_targets)),
+        dense=dense,
+        init=args.lora_init,
+    )
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _refuse_conflicts(args: argparse.Namespace) -> None:
+    if args.foundation_model is None:
+        raise SettingsError("--lora: expected a base model, got none; give --foundation_model")
+    if not args.foundation_filter_elements:
+        raise SettingsError(
+            "--foundation_filter_elements False: upstream then re-initialises the readouts, and --lora would freeze "
+            "random readouts; leave it True"
+        )
+    if args.freeze:
+        raise SettingsError(f"--freeze {args.freeze}: --lora already freezes the base; drop one of the two")
+    if args.enable_cueq or args.enable_oeq or args.only_cueq:
+        raise SettingsError(
+            "--enable_cueq/--enable_oeq/--only_cueq: upstream's conversion drops LoRA layers; train with --lora on the "
+            "e3nn backend and convert the merged model afterwards"
+        )
+    if args.model not in ("MACE", "ScaleShiftMACE"):
+        raise SettingsError(f"--model {args.model}: --lora supports MACE and ScaleShiftMACE")
+
+
+def _check_start(run: Run, saved: Mapping[str, Any], model: nn.Module) -> None:
+    expected, got = saved.get("base_fingerprint"), run.state["lora_metadata"]["base_fingerprint"]
+    foundation, ours = saved.get("foundation_fingerprint"), run.state["lora_metadata"]["foundation_fingerprint"]
+    if expected != got and foundation != ours:
+        raise ValueError(
+            f"--lora_init_adapter: it was trained on another base model: expected fingerprint {expected} "
+            f"(foundation {foundation}), got {got} (foundation {ours})"
+        )
+    if list(saved.get("elements", [])) != base_model.elements(model):
+        raise ValueError(
+            f"--lora_init_adapter: it was trained for elements Z = {saved.get('elements')}, the data has "
+            f"Z = {base_model.elements(model)}; adapters only fit the same set of elements"
+        )
+
+
+def _metadata(run: Run, model: nn.Module) -> dict[str, Any]:
+    """Provenance for ``adapter_config.json``."""
+    assert run.foundation is not None
+    return base_model.describe_base(model) | {
+        "base_model": str(run.args.foundation_model),
+        "base_fingerprint": fingerprint(model),
+        "foundation_fingerprint": fingerprint(run.foundation),
+        "command": " ".join(sys.argv),
+        "data": labels.data_hashes(run.args),
+    }

@@ -1,0 +1,94 @@
+"""Checks on the adapted model before any training: coverage, identity, merge, energy references."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from torch import nn
+
+from mace_lora.mace_plugin import evaluation
+from mace_lora.mace_plugin.protocol import Run, SettingsError
+
+from .coverage import coverage
+from .inject import adapter_layers, disabled_adapters, merge_lora
+
+__all__ = ["preflight"]
+
+# Largest deviation that rounding explains, relative to the largest value (float32, float64).
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+_FRAMES = 32
+
+
+def preflight(run: Run, model: nn.Module, adapter: str, fresh: bool) -> None:
+    """Print the coverage table and check the model on a batch of training frames.
+
+    Args:
+        run: the run; its training frames are used without disturbing their shuffling.
+        model: adapted model on its device.
+        adapter: adapter name.
+        fresh: the adapter is new, so the model must equal its base.
+
+    Raises:
+        SettingsError: identity or merge fails, or nothing is trainable.
+    """
+    report = coverage(model)
+    logging.info("equitune: LoRA coverage\n%s", report)
+    if report.trainable == 0:
+        raise SettingsError("--lora: no parameter is trainable; check --lora_targets and --lora_rank_pattern")
+    batch = evaluation.batch_of(run.train_dataset, _FRAMES, next(model.parameters()).device)
+    adapted = evaluation.energy_forces(model, batch)
+    with disabled_adapters(model):
+        base = evaluation.energy_forces(model, batch)
+    if fresh:
+        de, df = _largest(base, adapted)
+        logging.info("equitune: identity at start: |dE| <= %.2e eV, |dF| <= %.2e eV/A", de, df)
+        _require_equal(base, adapted, "the adapted model differs from its base before training")
+    _dry_merge(model, adapter, batch)
+    _energy_references(batch, adapted)
+
+
+def _largest(a: evaluation.Prediction, b: evaluation.Prediction) -> tuple[float, float]:
+    return float((a.energy - b.energy).abs().max()), float((a.forces - b.forces).abs().max())
+
+
+def _require_equal(a: evaluation.Prediction, b: evaluation.Prediction, what: str) -> None:
+    tolerance = _TOLERANCE.get(a.forces.dtype, 1e-3)
+    de, df = _largest(a, b)
+    if de > tolerance * (1 + float(a.energy.abs().max())) or df > tolerance * (1 + float(a.forces.abs().max())):
+        raise SettingsError(f"--lora: {what}: |dE| = {de:.3e} eV, |dF| = {df:.3e} eV/A (tolerance {tolerance:g})")
+
+
+def _dry_merge(model: nn.Module, adapter: str, batch: evaluation.Batch) -> None:
+    """Merge a copy whose B is not zero and compare it with the unmerged model."""
+    trial = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in adapter_layers(trial).values():
+            for b in layer.lora_B[adapter].values():
+                b.add_(1e-4 * torch.randn(b.shape, generator=generator, dtype=b.dtype).to(b.device))
+    unmerged = evaluation.energy_forces(trial, batch)
+    merged = evaluation.energy_forces(merge_lora(trial), batch)
+    _require_equal(unmerged, merged, "the merged model differs from the adapted one")
+    logging.info("equitune: dry-run merge: |dE| <= %.2e eV, |dF| <= %.2e eV/A", *_largest(unmerged, merged))
+
+
+def _energy_references(batch: evaluation.Batch, predicted: evaluation.Prediction) -> None:
+    """Table of the mean energy residual before training; a large one means wrong E0s."""
+    residual = (batch.energy - predicted.energy) / batch.atoms
+    residual = residual[torch.isfinite(residual)]
+    if residual.numel() == 0:
+        return
+    mean, spread = float(residual.mean()), float(residual.std(unbiased=False))
+    logging.info(
+        "equitune: energy reference check on %d frames: mean (label - model) %.4f eV/atom, spread %.4f eV/atom",
+        residual.numel(), mean, spread,
+    )  # fmt: skip
+    if abs(mean) > 1.0:
+        logging.warning(
+            "equitune: labels and base model differ by %.2f eV/atom on average: the E0s do not fit the labels' level "
+            "of theory. Give isolated-atom energies of the labels' own method with --E0s (or IsolatedAtom frames), or "
+            "--E0s=estimated to fit them to the base model, or --E0s=average",
+            mean,
+        )

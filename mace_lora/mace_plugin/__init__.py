@@ -1,0 +1,1 @@
+"""The only code that touches MACE's internals: start-up hook, patches, contract checks."""

@@ -1,0 +1,163 @@
+"""MACE base models: rebuild one for an adapter, save and load one without a pickle."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["describe_base", "elements", "embedded_base", "load_base", "prepare_base", "save_base"]
+
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "organic_small"
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def elements(model: nn.Module) -> list[int]:
+    """Atomic numbers of a MACE model, ascending."""
+    return [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr, arg-type]
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """What identifies a base beyond its weights: elements, r_max (Å), E0s (eV), heads, versions."""
+    heads = list(getattr(model, "heads", ["Default"]))
+    energies = torch.atleast_2d(model.atomic_energies_fn.atomic_energies)  # type: ignore[union-attr, arg-type]
+    rows = {
+        head: {str(z): float(e) for z, e in zip(elements(model), row, strict=True)}
+        for head, row in zip(heads, energies.tolist(), strict=True)
+    }
+    return {
+        "elements": elements(model),
+        "r_max": float(model.r_max),  # type: ignore[arg-type]
+        "E0s": rows,
+        "heads": heads,
+        "units": {"energy": "eV", "length": "Angstrom"},
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "e3nn_convention": _version("e3nn"),
+        "versions": {name: _version(name) for name in ("equitune", "mace-torch", "e3nn", "torch")},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def prepare_base(foundation: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
+    """Repeat what ``mace_run_train`` does with a foundation model before it trains.
+
+    Args:
+        foundation: the foundation model; not changed.
+        metadata: elements, heads, E0s (eV) and dtype as :func:`describe_base` gives them.
+
+    Returns:
+        a new model with the chosen elements, heads and energy references.
+    """
+    from mace import modules
+    from mace.tools.finetuning_utils import load_foundations_elements
+    from mace.tools.scripts_utils import extract_config_mace_model
+    from mace.tools.utils import AtomicNumberTable
+
+    dtype = getattr(torch, metadata.get("dtype", "float32"))
+    zs, heads = [int(z) for z in metadata["elements"]], list(metadata["heads"])
+    energies = [[float(metadata["E0s"][h][str(z)]) for z in zs] for h in heads]
+    with _default_dtype(dtype):
+        config = extract_config_mace_model(foundation)
+        config |= {
+            "atomic_energies": torch.tensor(energies).numpy(),
+            "atomic_numbers": zs,
+            "num_elements": len(zs),
+            "heads": heads,
+            "atomic_inter_scale": [1.0] * len(heads),
+            "atomic_inter_shift": [0.0] * len(heads),
+        }
+        model = modules.ScaleShiftMACE(**config)
+        with torch.no_grad():
+            model = load_foundations_elements(
+                model, foundation, AtomicNumberTable(zs), load_readout=True,
+                max_L=config["hidden_irreps"].lmax, default_dtype=dtype,
+            )  # fmt: skip
+            buffer = model.atomic_energies_fn.atomic_energies
+            buffer.copy_(torch.tensor(energies, dtype=buffer.dtype).reshape(buffer.shape))
+    prepared: nn.Module = model
+    return prepared
+
+
+def save_base(model: nn.Module, stem: str | os.PathLike[str], card: Mapping[str, Any] | None = None) -> None:
+    """Write ``<stem>.safetensors`` and ``<stem>.json``, from which :func:`load_base` rebuilds.
+
+    Args:
+        model: a MACE model of stock classes.
+        stem: path without extension.
+        card: what to record beside the architecture.
+    """
+    from mace.tools.scripts_utils import convert_to_json_format, extract_config_mace_model
+    from safetensors.torch import save_file
+
+    from mace_lora.atomic import atomic_path, write_text
+
+    config = convert_to_json_format(extract_config_mace_model(model))
+    state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
+    with atomic_path(f"{os.fspath(stem)}.safetensors") as temporary:
+        save_file(state, temporary)
+    write_text(f"{os.fspath(stem)}.json", json.dumps({"config": config, **(card or {})}, indent=1, default=str) + "\n")
+
+
+def load_base(stem: str | os.PathLike[str], dtype: torch.dtype | None = None) -> nn.Module:
+    """Rebuild a MACE model from ``<stem>.json`` and ``<stem>.safetensors``; nothing is unpickled.
+
+    Args:
+        stem: path without extension.
+        dtype: type of the weights; default the torch default.
+    """
+    import mace  # noqa: F401  before e3nn: it sets the environment that e3nn 0.4.4 needs
+    from mace import modules
+    from safetensors.torch import load_file
+
+    content = json.loads(Path(f"{os.fspath(stem)}.json").read_text(encoding="utf-8"))
+    state = load_file(f"{os.fspath(stem)}.safetensors")
+    with _default_dtype(dtype or torch.get_default_dtype()):
+        model = modules.ScaleShiftMACE(**_constructor_arguments(content["config"]))
+        model.to(torch.get_default_dtype())
+        model.load_state_dict(state, strict=True)
+    loaded: nn.Module = model
+    return loaded
+
+
+def _constructor_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo what upstream's JSON form of a config loses: lists of one, and literals as strings."""
+    from mace.tools.scripts_utils import convert_from_json_format
+
+    scale = raw["atomic_inter_scale"]
+    arguments: dict[str, Any] = convert_from_json_format({**raw, "atomic_inter_scale": np.ravel(scale)[0]})
+    arguments["atomic_inter_scale"] = scale
+    arguments.pop("readout_cls", None)
+    for key, value in arguments.items():
+        if key == "heads" or (isinstance(value, str) and value in ("True", "False", "None")):
+            arguments[key] = ast.literal_eval(value)
+    arguments["distance_transform"] = str(arguments["distance_transform"])
+    return arguments
+
+
+def embedded_base(dtype: torch.dtype | None = None) -> nn.Module:
+    """The small organic base (H, C, N, O; GFN2-xTB) that comes with the package."""
+    return load_base(EMBEDDED, dtype)

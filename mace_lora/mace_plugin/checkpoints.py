@@ -1,0 +1,135 @@
+"""Checkpoints that survive kill -9 and restart exactly.
+
+Upstream deletes the old checkpoint before it writes the new one in place, stores the EMA averages
+but not the raw weights and the EMA's own state, and forgets the best loss at a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mace_lora.atomic import atomic_path
+
+from .protocol import Run, SettingsError
+
+__all__ = ["check_restart", "collect", "is_best", "resume", "write"]
+
+
+def _stage_two(swa_start: int | None, epoch: int) -> bool:
+    return swa_start is not None and epoch >= swa_start
+
+
+def is_best(run: Run, swa_start: int | None, epoch: int) -> bool:
+    """Whether this checkpoint improves on the best before a restart, of the same stage."""
+    best = (run.state.get("best_loss") or {}).get(str(_stage_two(swa_start, epoch)))
+    if best is None or run.args.save_all_checkpoints or run.last_valid_loss is None:
+        return True
+    return run.last_valid_loss < best
+
+
+def collect(run: Run, model: nn.Module, swa_start: int | None, epoch: int) -> dict[str, Any]:
+    """Our part of a checkpoint: EMA state, raw weights, best losses, what the plugins add."""
+    stage_two = _stage_two(swa_start, epoch)
+    best = dict(run.state.get("best_loss") or {})
+    if run.last_valid_loss is not None:
+        best[str(stage_two)] = run.last_valid_loss
+    run.state["best_loss"] = best
+    out: dict[str, Any] = {"best_loss": best, "plugins": {}}
+    if run.ema is not None:
+        # collected_params are the raw weights: upstream saves inside average_parameters().
+        out["ema"] = run.ema.state_dict()
+    for plugin in run.active():
+        out["plugins"][plugin.name] = dict(plugin.on_checkpoint(run, model, epoch, stage_two))
+    return out
+
+
+def write(io: Any, checkpoint: dict[str, Any], epochs: int, keep_last: bool, save: Callable[..., None]) -> None:
+    """Write the new checkpoint completely, then delete the old one."""
+    path = Path(io.directory) / io._get_checkpoint_filename(epochs, io.swa_start)
+    with atomic_path(path) as temporary:
+        save(checkpoint, temporary)
+    old, io.old_path = io.old_path, str(path)
+    if not io.keep and old and not keep_last and old != str(path):
+        Path(old).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def resume(run: Run, model: nn.Module) -> None:
+    """After ``--restart_latest``: give the EMA and the raw weights back what they had.
+
+    Raises:
+        SettingsError: a checkpoint was there and upstream did not load it.
+    """
+    if not run.args.restart_latest or "checkpoint" not in run.state:
+        return
+    if run.restored is None:
+        raise SettingsError(
+            f"--restart_latest: the checkpoint {run.state['checkpoint']} could not be loaded into this model "
+            "(upstream then starts again at epoch 0); use the same data, model and --lora_* flags as before, or "
+            "another --name to start afresh"
+        )
+    run.state["best_loss"] = dict(run.restored["best_loss"])
+    saved = run.restored.get("ema")
+    if run.ema is None or saved is None:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    run.ema.load_state_dict(saved)
+    for parameter, raw in zip(trained, saved["collected_params"] or [], strict=False):
+        parameter.copy_(raw.to(parameter.device))
+    run.ema.collected_params = None
+    logging.info("equitune: restored EMA state (%d updates) and raw weights", run.ema.num_updates)
+
+
+def latest_checkpoint(run: Run) -> Path | None:
+    """The checkpoint that ``--restart_latest`` will take, as upstream chooses it (stage two first)."""
+    found: list[tuple[bool, int, Path]] = []
+    if run.checkpoints_dir.is_dir():
+        for path in run.checkpoints_dir.glob(f"{run.tag}_epoch-*.pt"):
+            number = path.stem.removeprefix(f"{run.tag}_epoch-")
+            stage_two = number.endswith("_swa")
+            number = number.removesuffix("_swa")
+            if number.isdigit():
+                found.append((stage_two, int(number), path))
+    return max(found)[2] if found else None
+
+
+def check_restart(run: Run) -> None:
+    """Refuse a restart with other adapters than the checkpoint has.
+
+    Upstream would not load the checkpoint, swallow the error and start at epoch 0.
+
+    Raises:
+        SettingsError: the checkpoint has adapters and the command has no ``--lora``, or the other
+            way round, or the checkpoint is unreadable.
+    """
+    path = latest_checkpoint(run) if run.args.restart_latest else None
+    if path is None:
+        return
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False)
+    except (OSError, RuntimeError, EOFError, ValueError) as err:
+        raise SettingsError(
+            f"--restart_latest: {os.fspath(path)} is corrupt ({err}); delete it and restart from the one before"
+        ) from err
+    names = content["model"].keys()
+    ours = any(".lora_A." in n and ".base_layer." not in n for n in names) and "equitune" in content
+    if ours and not run.active():
+        raise SettingsError(
+            f"--restart_latest: {os.fspath(path)} holds LoRA adapters, but --lora was not given; add --lora with the "
+            "same --lora_* flags, or choose another --name to train without adapters"
+        )
+    if not ours and run.active():
+        raise SettingsError(
+            f"--restart_latest: {os.fspath(path)} has no LoRA adapters, but --lora was given; drop --lora to continue "
+            "it, or choose another --name"
+        )
+    if ours:
+        run.state["checkpoint"] = path
+        run.state["checkpoint_plugins"] = content["equitune"]["plugins"]

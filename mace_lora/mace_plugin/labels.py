@@ -1,0 +1,99 @@
+"""Check training and validation files before anything expensive: labels present, finite, sane."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import numpy as np
+
+from .protocol import SettingsError
+
+__all__ = ["check_files", "data_hashes"]
+
+MAX_FORCE = 300.0  # eV/Å: beyond any structure worth training on; Hartree/Bohr mix-ups come earlier
+MAX_ENERGY_PER_ATOM = 2e5  # eV: above the total energy per atom of the heaviest elements' cores
+_READABLE = {".xyz", ".extxyz", ".gz", ".db", ".traj", ".cif", ".json"}
+
+
+def _files(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    for flag in ("train_file", "valid_file", "test_file"):
+        value = getattr(args, flag, None)
+        for item in value if isinstance(value, list) else [value]:
+            if item:
+                yield flag, Path(str(item))
+
+
+def data_hashes(args: argparse.Namespace) -> dict[str, str]:
+    """sha256 of each training and validation file."""
+    return {
+        f"{flag}:{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for flag, path in _files(args) if path.is_file()
+    }
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Check every data file named on the command line.
+
+    Raises:
+        SettingsError: a missing file, a file without labels under the requested keys, a NaN or
+            absurd label with its frame's index, or a force array of the wrong shape.
+    """
+    if args.heads is not None:
+        return  # per-head files and keys are upstream's to resolve
+    for flag, path in _files(args):
+        if not path.exists():
+            raise SettingsError(f"--{flag}: no file {path}")
+        if path.suffix not in _READABLE:
+            continue
+        frames = ase.io.read(path, index=":")
+        assert isinstance(frames, list)
+        labelled = 0
+        for index, atoms in enumerate(frames):
+            labelled += _check_frame(atoms, args, f"--{flag}: {path} frame {index} ({atoms.get_chemical_formula()})")
+        if not labelled and flag != "test_file":
+            keys = sorted({*frames[0].info, *frames[0].arrays} - {"numbers", "positions"}) if frames else []
+            raise SettingsError(
+                f"--{flag}: {path} has no energies under --energy_key={args.energy_key} and no forces under "
+                f"--forces_key={args.forces_key}; its first frame has {keys}"
+            )
+
+
+def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> bool:
+    """Check one frame; returns whether it has a label."""
+    if not np.isfinite(atoms.positions).all():
+        raise SettingsError(f"{where}: positions contain NaN or infinity; remove the frame")
+    energy, forces = _label(atoms, "energy", args.energy_key), _label(atoms, "forces", args.forces_key)
+    if energy is not None:
+        value = float(energy)
+        if not np.isfinite(value):
+            raise SettingsError(f"{where}: energy label is {value}; remove or relabel the frame")
+        if abs(value) / len(atoms) > MAX_ENERGY_PER_ATOM:
+            raise SettingsError(
+                f"{where}: energy label {value:.6g} eV for {len(atoms)} atoms is absurd; expected eV, check the units"
+            )
+    if forces is not None:
+        array = np.asarray(forces, dtype=float)
+        if array.shape != (len(atoms), 3):
+            raise SettingsError(f"{where}: force labels have shape {array.shape}, expected {(len(atoms), 3)}")
+        if not np.isfinite(array).all():
+            atom = int(np.argwhere(~np.isfinite(array))[0, 0])
+            raise SettingsError(f"{where}: force label of atom {atom} is NaN or infinite; remove or relabel the frame")
+        largest = float(np.abs(array).max(initial=0.0))
+        if largest > MAX_FORCE:
+            raise SettingsError(
+                f"{where}: force label of {largest:.4g} eV/A is absurd (limit {MAX_FORCE:g}); expected eV/A, check the "
+                "units, or remove the frame"
+            )
+    return energy is not None or forces is not None
+
+
+def _label(atoms: ase.Atoms, kind: str, key: str) -> Any:
+    found = atoms.info.get(key) if kind == "energy" else atoms.arrays.get(key)
+    if found is None and key == kind and atoms.calc is not None:
+        found = atoms.calc.results.get(kind)
+    return found

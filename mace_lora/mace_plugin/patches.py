@@ -1,0 +1,217 @@
+"""The patches themselves: each takes one of MACE's defining modules and wraps names in it.
+
+Outside a run of ``mace_run_train`` (no :func:`current_run`) every wrapper passes straight through.
+``contract.check`` has the list of what we rely on.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoints
+from .contract import require
+from .energies import restore_energy_references
+from .protocol import Run, SettingsError, current_run, load_plugins, start_run
+
+__all__ = [
+    "patch_arg_parser",
+    "patch_arg_parser_tools",
+    "patch_checkpoint",
+    "patch_lora",
+    "patch_model_script_utils",
+    "patch_scripts_utils",
+    "patch_train",
+]
+
+
+def _wrap(module: ModuleType, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorator: replace ``module.name`` by a function that receives the original first."""
+
+    def decorate(function: Callable[..., Any]) -> None:
+        require(module, name)
+        original = getattr(module, name)
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        setattr(module, name, wrapper)
+
+    return decorate
+
+
+def _or_exit(step: Callable[..., Any], *args: Any) -> Any:
+    """Run a plugin step; a SettingsError ends the program with its message, not a traceback."""
+    try:
+        return step(*args)
+    except SettingsError as err:
+        # Not an Exception: upstream has ``except Exception`` around restarts.
+        raise SystemExit(f"mace_run_train: error: {err}") from err
+
+
+def patch_arg_parser(module: ModuleType) -> None:
+    """Plugins add their flags."""
+
+    @_wrap(module, "build_default_arg_parser")
+    def build(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        parser = original(*args, **kwargs)
+        for plugin in load_plugins():
+            plugin.add_arguments(parser)
+        return parser
+
+
+def patch_arg_parser_tools(module: ModuleType) -> None:
+    """The run starts here: plugins check the arguments before any work."""
+
+    @_wrap(module, "check_args")
+    def check_args(original: Callable[..., Any], args: Any) -> Any:
+        args, messages = original(args)
+        run = Run(args, load_plugins())
+        start_run(run)
+        for plugin in run.plugins:
+            _or_exit(plugin.check_args, run)
+        _or_exit(checkpoints.check_restart, run)
+        return args, messages
+
+
+def patch_model_script_utils(module: ModuleType) -> None:
+    """Data checks before, energy references and plugins after upstream builds the model."""
+
+    @_wrap(module, "configure_model")
+    def configure_model(original: Callable[..., Any], args: Any, train_loader: Any, *rest: Any, **kwargs: Any) -> Any:
+        run = current_run()
+        if run is None:
+            return original(args, train_loader, *rest, **kwargs)
+        bound = require(module, "configure_model").bind(args, train_loader, *rest, **kwargs).arguments
+        run.args, run.train_dataset = args, train_loader.dataset
+        run.foundation, run.heads = bound.get("model_foundation"), list(bound.get("heads") or [])
+        run.E0s = bound.get("atomic_energies")
+        run.elements = [int(z) for z in bound["z_table"].zs]
+        for plugin in run.active():
+            _or_exit(plugin.before_model, run)
+        model, output_args = original(args, train_loader, *rest, **kwargs)
+        if run.foundation is not None and run.E0s is not None:
+            restore_energy_references(model, run.E0s)
+        for plugin in run.active():
+            model = _or_exit(plugin.after_model, run, model)
+        return model, output_args
+
+
+def patch_lora(module: ModuleType) -> None:
+    """``--lora``: the model already has our adapters; at the end they are merged our way."""
+
+    @_wrap(module, "inject_LoRAs")
+    def inject(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        run = current_run()
+        if run is not None and run.active():
+            return model
+        injected: nn.Module = original(model, *args, **kwargs)
+        return injected
+
+    @_wrap(module, "merge_lora_weights")
+    def merge(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        run = current_run()
+        if run is None or not run.active():
+            merged: nn.Module = original(model, *args, **kwargs)
+            return merged
+        for plugin in run.active():
+            model = plugin.before_save(run, model)
+        return model
+
+
+def patch_scripts_utils(module: ModuleType) -> None:
+    """Optimiser groups; and a config is read from the merged model, which has stock classes."""
+
+    @_wrap(module, "get_params_options")
+    def get_params_options(original: Callable[..., Any], args: Any, model: nn.Module) -> dict[str, Any]:
+        options: dict[str, Any] = original(args, model)
+        run = current_run()
+        for plugin in run.active() if run is not None else []:
+            groups = plugin.optimizer_groups(run, model)  # type: ignore[arg-type]
+            if groups is not None:
+                options["params"] = groups
+        return options
+
+    @_wrap(module, "extract_config_mace_model")
+    def extract_config(original: Callable[..., Any], model: nn.Module) -> Any:
+        run = current_run()
+        if run is not None and run.active():
+            model = copy.deepcopy(model)
+            for plugin in run.active():
+                model = plugin.before_save(run, model)
+        return original(model)
+
+
+def patch_train(module: ModuleType) -> None:
+    """Restore a restart's exact state; EMA only over what is trained; remember the loss."""
+
+    @_wrap(module, "valid_err_log")
+    def valid_err_log(original: Callable[..., Any], valid_loss: Any, *args: Any, **kwargs: Any) -> Any:
+        run = current_run()
+        if run is not None:
+            run.last_valid_loss = float(valid_loss)
+        return original(valid_loss, *args, **kwargs)
+
+    @_wrap(module, "train")
+    def train(original: Callable[..., Any], **kwargs: Any) -> Any:
+        run = current_run()
+        if run is not None and run.active():
+            ema = kwargs.get("ema")
+            if ema is not None:
+                trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
+                ema = type(ema)(trained, decay=ema.decay)
+                kwargs["ema"] = run.ema = ema
+            _or_exit(checkpoints.resume, run, kwargs["model"])
+            logging.info("equitune: training %s values", f"{_trained(kwargs['model']):,}")
+        return original(**kwargs)
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def patch_checkpoint(module: ModuleType) -> None:
+    """Checkpoints are written atomically and carry the plugins' and EMA's state."""
+
+    for name in ("CheckpointBuilder", "CheckpointIO", "CheckpointHandler"):
+        require(module, name)
+    handler, builder, io = module.CheckpointHandler, module.CheckpointBuilder, module.CheckpointIO
+    handler_save, load_checkpoint, io_save = handler.save, builder.load_checkpoint, io.save
+
+    @functools.wraps(handler_save)
+    def save(self: Any, state: Any, epochs: int, keep_last: bool = False) -> None:
+        run = current_run()
+        if run is None or not run.active():
+            handler_save(self, state, epochs, keep_last)
+            return
+        if not checkpoints.is_best(run, self.io.swa_start, epochs):
+            return
+        checkpoint = self.builder.create_checkpoint(state)
+        checkpoint["equitune"] = checkpoints.collect(run, state.model, self.io.swa_start, epochs)
+        self.io.save(checkpoint, epochs, keep_last)
+
+    def load(state: Any, checkpoint: dict[str, Any], strict: bool) -> None:
+        load_checkpoint(state, checkpoint, strict)
+        run = current_run()
+        if run is not None and run.active():
+            run.restored = checkpoint.get("equitune")
+
+    @functools.wraps(io_save)
+    def save_file(self: Any, checkpoint: dict[str, Any], epochs: int, keep_last: bool = False) -> None:
+        run = current_run()
+        if run is None or not run.active():
+            io_save(self, checkpoint, epochs, keep_last)
+            return
+        checkpoints.write(self, checkpoint, epochs, keep_last, torch.save)
+
+    handler.save = save
+    builder.load_checkpoint = staticmethod(functools.wraps(load_checkpoint)(load))
+    io.save = save_file

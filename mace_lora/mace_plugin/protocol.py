@@ -1,0 +1,125 @@
+"""What a plugin of ``mace_run_train`` can do, and the state of the run that it sees.
+
+Plugins are entry points of the group ``mace.run_train``: a class derived from :class:`TrainPlugin`
+whose methods are called at fixed points of upstream's ``run``. Each may be left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+__all__ = ["GROUP", "Run", "SettingsError", "TrainPlugin", "current_run", "load_plugins", "start_run"]
+
+GROUP = "mace.run_train"
+
+
+class SettingsError(ValueError):
+    """A setting or input that must be corrected by the user; ends ``mace_run_train`` with its message."""
+
+
+@dataclass
+class Run:
+    """One run of ``mace_run_train``.
+
+    Attributes:
+        args: upstream's parsed arguments.
+        plugins: plugins of this run.
+        foundation: model given by ``--foundation_model``, or None.
+        train_dataset: all training frames as upstream's graphs.
+        heads: head names.
+        elements: atomic numbers of the model.
+        E0s: requested energy references (eV), heads x elements.
+        last_valid_loss: validation loss of the last evaluation.
+        restored: our part of the checkpoint that was loaded for a restart.
+        state: free for plugins.
+    """
+
+    args: argparse.Namespace
+    plugins: Sequence[TrainPlugin]
+    foundation: nn.Module | None = None
+    train_dataset: Any = None
+    heads: list[str] = field(default_factory=list)
+    elements: list[int] = field(default_factory=list)
+    E0s: Any = None
+    last_valid_loss: float | None = None
+    ema: Any = None
+    restored: dict[str, Any] | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tag(self) -> str:
+        """Upstream's name of the run in file names."""
+        return f"{self.args.name}_run-{self.args.seed}"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return Path(self.args.checkpoints_dir)
+
+    def active(self) -> list[TrainPlugin]:
+        """Plugins that take part in this run."""
+        return [p for p in self.plugins if p.enabled(self.args)]
+
+
+class TrainPlugin:
+    """Base of a plugin; every method may be left as it is."""
+
+    name = "plugin"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add or change command-line flags."""
+
+    def enabled(self, args: argparse.Namespace) -> bool:
+        """Whether the plugin takes part in a run with these arguments."""
+        return False
+
+    def check_args(self, run: Run) -> None:
+        """Check the arguments; called for every plugin, enabled or not, before any work.
+
+        Raises:
+            SettingsError: something the user has to correct.
+        """
+
+    def before_model(self, run: Run) -> None:
+        """Check data and foundation model before the model is built."""
+
+    def after_model(self, run: Run, model: nn.Module) -> nn.Module:
+        """Change the model after upstream has built it."""
+        return model
+
+    def optimizer_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
+        """Replace upstream's parameter groups, or None to keep them."""
+        return None
+
+    def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
+        """Called when a best checkpoint is written; returns what to store in it."""
+        return {}
+
+    def before_save(self, run: Run, model: nn.Module) -> nn.Module:
+        """Turn the trained model (a copy) into what MACE saves."""
+        return model
+
+
+_current: Run | None = None
+
+
+def load_plugins() -> list[TrainPlugin]:
+    """Instantiate all plugins registered in this environment."""
+    return [ep.load()() for ep in sorted(entry_points(group=GROUP), key=lambda e: e.name)]
+
+
+def start_run(run: Run | None) -> None:
+    """Make ``run`` the process's current run."""
+    global _current
+    _current = run
+
+
+def current_run() -> Run | None:
+    """The run in progress in this process, or None outside ``mace_run_train``."""
+    return _current
