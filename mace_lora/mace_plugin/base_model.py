@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -110,16 +109,16 @@ def save_base(model: nn.Module, stem: str | os.PathLike[str], card: Mapping[str,
         stem: path without extension.
         card: what to record beside the architecture.
     """
-    from mace.tools.scripts_utils import convert_to_json_format, extract_config_mace_model
+    from mace.tools.scripts_utils import extract_config_mace_model
     from safetensors.torch import save_file
 
     from mace_lora.atomic import atomic_path, write_text
 
-    config = convert_to_json_format(extract_config_mace_model(model))
+    config = {k: _to_json(k, v) for k, v in extract_config_mace_model(model).items()}
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
     with atomic_path(f"{os.fspath(stem)}.safetensors") as temporary:
         save_file(state, temporary)
-    write_text(f"{os.fspath(stem)}.json", json.dumps({"config": config, **(card or {})}, indent=1, default=str) + "\n")
+    write_text(f"{os.fspath(stem)}.json", json.dumps({"config": config, **(card or {})}, indent=1) + "\n")
 
 
 def load_base(stem: str | os.PathLike[str], dtype: torch.dtype | None = None) -> nn.Module:
@@ -136,26 +135,51 @@ def load_base(stem: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     content = json.loads(Path(f"{os.fspath(stem)}.json").read_text(encoding="utf-8"))
     state = load_file(f"{os.fspath(stem)}.safetensors")
     with _default_dtype(dtype or torch.get_default_dtype()):
-        model = modules.ScaleShiftMACE(**_constructor_arguments(content["config"]))
-        model.to(torch.get_default_dtype())
+        model = modules.ScaleShiftMACE(**{k: _from_json(k, v) for k, v in content["config"].items()})
+        if any(n == "radial_embedding.bessel_fn.bessel_weights" for n, _ in model.named_buffers()):
+            # upstream turns the frequencies into a parameter when it loads a foundation model
+            basis = model.radial_embedding.bessel_fn
+            basis.bessel_weights = nn.Parameter(basis.bessel_weights)
         model.load_state_dict(state, strict=True)
     loaded: nn.Module = model
     return loaded
 
 
-def _constructor_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo what upstream's JSON form of a config loses: lists of one, and literals as strings."""
-    from mace.tools.scripts_utils import convert_from_json_format
+# Upstream's own JSON form of a config forgets the gate and most block classes.
+_CLASSES = ("interaction_cls", "interaction_cls_first", "readout_cls")
+_IRREPS = ("hidden_irreps", "MLP_irreps", "edge_irreps")
 
-    scale = raw["atomic_inter_scale"]
-    arguments: dict[str, Any] = convert_from_json_format({**raw, "atomic_inter_scale": np.ravel(scale)[0]})
-    arguments["atomic_inter_scale"] = scale
-    arguments.pop("readout_cls", None)
-    for key, value in arguments.items():
-        if key == "heads" or (isinstance(value, str) and value in ("True", "False", "None")):
-            arguments[key] = ast.literal_eval(value)
-    arguments["distance_transform"] = str(arguments["distance_transform"])
-    return arguments
+
+def _to_json(key: str, value: Any) -> Any:
+    if key in _CLASSES:
+        return value.__name__
+    if key == "gate":
+        return None if value is None else value.__name__
+    if key in _IRREPS:
+        return None if value is None else str(value)
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str | list | dict):
+        return value
+    raise ValueError(f"save_base: cannot store {key} = {value!r} of type {type(value).__name__} without a pickle")
+
+
+def _from_json(key: str, value: Any) -> Any:
+    from e3nn import o3
+    from mace import modules
+    from mace.modules import blocks
+
+    if key in _CLASSES:
+        return getattr(blocks, value)
+    if key == "gate":
+        return next((g for g in modules.gate_dict.values() if g is not None and g.__name__ == value), None)
+    if key in _IRREPS:
+        return None if value is None else o3.Irreps(value)
+    if key == "atomic_energies":
+        return np.array(value)
+    return value
 
 
 def embedded_base(dtype: torch.dtype | None = None) -> nn.Module:
