@@ -98,7 +98,7 @@ def one_run(folder: Path, base: Path, method: str, lr: float, seed: int, epochs:
     ]  # fmt: skip
     start = time.time()
     (folder / name).mkdir(parents=True, exist_ok=True)
-    with open(folder / name / "stdout.log", "a") as log:
+    with (folder / name / "stdout.log").open("a") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     wall = time.time() - start
     import ase.io
@@ -118,7 +118,9 @@ def table(rows: list[dict], zero_shot: dict[str, float]) -> str:
     lines = [
         "| method | lr (chosen on validation) | seeds | valid F MAE | test E MAE | test F MAE | test F RMSE |",
         "|---|---|---|---|---|---|---|",
-        f"| base, energies aligned | – | – | – | {zero_shot['mae_e']:.1f} | {zero_shot['mae_f']:.1f} | {zero_shot['rmse_f']:.1f} |",
+        "| base, energies aligned | – | – | – | "
+        + " | ".join(f"{zero_shot[k]:.1f}" for k in ("mae_e", "mae_f", "rmse_f"))
+        + " |",
     ]
     for method in dict.fromkeys(r["method"] for r in rows):
         own = [r for r in rows if r["method"] == method]

@@ -29,6 +29,8 @@ _WHERE = {
     "read_adapter": "lora.adapter",
     "fingerprint": "lora.fingerprint",
     "register_peft": "lora.peft_bridge",
+    "embedded_base": "mace_plugin.base_model",
+    "embedded_dft_path": "embedded",
 }
 __all__ = [*_WHERE, "__version__"]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -129,17 +130,18 @@ def _whole_matrix(kind: str, weight: torch.Tensor, transpose: bool) -> ModuleSpe
     return ModuleSpec(kind, (block,), (param,))
 
 
-def _slots(irreps: object) -> tuple[list[tuple[int, int]], dict[str, int]]:
+def _slots(irreps: Any) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """Row range of every slot among the slots of its own irrep, and channels per irrep."""
-    ranges, totals = [], {}
-    for mul, ir in irreps:  # type: ignore[attr-defined]
+    ranges: list[tuple[int, int]] = []
+    totals: dict[str, int] = {}
+    for mul, ir in irreps:
         start = totals.get(str(ir), 0)
         ranges.append((start, start + mul))
         totals[str(ir)] = start + mul
     return ranges, totals
 
 
-def _describe_o3_linear(module: torch.nn.Module) -> ModuleSpec | None:
+def _describe_o3_linear(module: Any) -> ModuleSpec | None:
     """``o3.Linear``: one block per irrep; slots of the same irrep are stacked.
 
     Instructions that were left out are left out of the delta too, since only existing ones are
@@ -154,7 +156,7 @@ def _describe_o3_linear(module: torch.nn.Module) -> ModuleSpec | None:
     cols, n_of = _slots(irreps_out)
     pieces, seen = [], dict[str, None]()
     for ins in _weighted(module):
-        name = str(irreps_out[ins.i_out].ir)  # type: ignore[index]
+        name = str(irreps_out[ins.i_out].ir)
         seen[name] = None
         pieces.append(Piece(name, rows[ins.i_in], cols[ins.i_out]))
     blocks = tuple(Block(name, name, m_of[name], n_of[name]) for name in seen)
@@ -162,23 +164,23 @@ def _describe_o3_linear(module: torch.nn.Module) -> ModuleSpec | None:
     return ModuleSpec("o3.Linear", blocks, (weight,))
 
 
-def _weighted(module: torch.nn.Module) -> Iterator:
-    for ins in module.instructions:  # type: ignore[union-attr]
+def _weighted(module: Any) -> Iterator[Any]:
+    for ins in module.instructions:
         if ins.i_in >= 0:
             yield ins
 
 
-def _describe_fctp(module: torch.nn.Module) -> ModuleSpec | None:
+def _describe_fctp(module: Any) -> ModuleSpec | None:
     """``FullyConnectedTensorProduct``: one block per path, A over channels times attributes."""
     if not module.internal_weights or not module.weight_numel:
         return None
     blocks, pieces = [], []
-    for i, ins in enumerate(module.instructions):  # type: ignore[arg-type]
+    for i, ins in enumerate(module.instructions):
         if not ins.has_weight:
             continue
-        ir1 = module.irreps_in1[ins.i_in1].ir  # type: ignore[index]
-        ir2 = module.irreps_in2[ins.i_in2].ir  # type: ignore[index]
-        ir_out = module.irreps_out[ins.i_out].ir  # type: ignore[index]
+        ir1 = module.irreps_in1[ins.i_in1].ir
+        ir2 = module.irreps_in2[ins.i_in2].ir
+        ir_out = module.irreps_out[ins.i_out].ir
         mul1, mul2, mul_out = ins.path_shape
         name = f"{ir_out}_{ir1}x{ir2}_{i}"
         blocks.append(Block(name, str(ir_out), mul1 * mul2, mul_out))

@@ -144,7 +144,8 @@ class LoraConfig:
             if key in _NOT_HONOURED or key in ("init_lora_weights", "loftq_config", "eva_config"):
                 reject_unsupported({key: value})
             raise ValueError(f"LoraConfig: unknown key {key!r}; expected one of {', '.join(sorted(known))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
 
 def reject_unsupported(options: Mapping[str, Any]) -> None:

@@ -93,18 +93,28 @@ def coverage(model: nn.Module) -> Coverage:
                 block, b = blocks[key], layer.lora_B[adapter][key]
                 rows.append(
                     CoverageRow(
-                        name, layer.spec.kind, block.irrep, (block.m, block.n), a.shape[1],
-                        a.numel() + b.numel(), a.requires_grad and b.requires_grad,
-                    )  # fmt: skip
+                        name,
+                        layer.spec.kind,
+                        block.irrep,
+                        (block.m, block.n),
+                        a.shape[1],
+                        a.numel() + b.numel(),
+                        a.requires_grad and b.requires_grad,
+                    )
                 )
             for key, update in layer.lora_dense[adapter].items():
                 parameter = key.replace("__", ".")
                 reached.add(f"{name}.base_layer.{parameter}")
                 rows.append(
                     CoverageRow(
-                        f"{name}.{parameter}", layer.spec.kind, "", tuple(update.shape), None,
-                        update.numel(), update.requires_grad,
-                    )  # fmt: skip
+                        f"{name}.{parameter}",
+                        layer.spec.kind,
+                        "",
+                        tuple(update.shape),
+                        None,
+                        update.numel(),
+                        update.requires_grad,
+                    )
                 )
         reached.update(f"{name}.base_layer.{p}" for p in layer.effective_parameters())
     unreached = tuple(

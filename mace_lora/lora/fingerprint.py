@@ -46,7 +46,9 @@ def fingerprint(model: nn.Module) -> str:
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     inside = tuple(f"{n}." for n in adapter_layers(model))
-    return {n: m for n, m in model.named_modules() if not n.startswith(inside)} if inside else dict(model.named_modules())
+    return (
+        {n: m for n, m in model.named_modules() if not n.startswith(inside)} if inside else dict(model.named_modules())
+    )
 
 
 def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -288,4 +288,3 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
                     if key in layer.lora_dense[n]:
                         update.add_(w * layer.lora_dense[n][key])
     return set_adapter(model, name)
-

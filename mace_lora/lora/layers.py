@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ class AdapterLayer(nn.Module):
         scaling: adapter name -> block name -> alpha/r.
     """
 
+    lora_A: MutableMapping[str, nn.ParameterDict]
+    lora_B: MutableMapping[str, nn.ParameterDict]
+    lora_dense: MutableMapping[str, nn.ParameterDict]
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_dense")
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling")
 
@@ -44,9 +47,9 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.spec = spec
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_dense = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()  # type: ignore[assignment]
+        self.lora_B = nn.ModuleDict()  # type: ignore[assignment]
+        self.lora_dense = nn.ModuleDict()  # type: ignore[assignment]
         self.r: dict[str, dict[str, int]] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, dict[str, float]] = {}
@@ -68,9 +71,7 @@ class AdapterLayer(nn.Module):
 
     # -- structure ---------------------------------------------------------------------------
 
-    def add_adapter(
-        self, name: str, ranks: Mapping[str, int], dense: Iterable[str], config: LoraConfig
-    ) -> None:
+    def add_adapter(self, name: str, ranks: Mapping[str, int], dense: Iterable[str], config: LoraConfig) -> None:
         """Add an adapter with zero update: A random, B zero, dense zero.
 
         Args:

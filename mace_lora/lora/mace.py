@@ -95,7 +95,7 @@ class LoraPlugin(TrainPlugin):
         foundation = run.foundation
         if foundation is None:
             raise SettingsError("--lora: expected a base model, got none; give --foundation_model")
-        known = {int(z) for z in foundation.atomic_numbers}
+        known = set(base_model.elements(foundation))
         missing = sorted(set(run.elements) - known)
         if missing:
             raise SettingsError(

@@ -6,27 +6,25 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
 
 __all__ = ["restore_energy_references"]
 
 
 @torch.no_grad()
-def restore_energy_references(model: nn.Module, requested: Any) -> bool:
+def restore_energy_references(model: Any, requested: Any) -> bool:
     """Put the requested E0s into the model if upstream overwrote them.
 
     mace-torch 0.3.16 copies the whole foundation state, E0s included, when elements and heads are
     the same, so ``--E0s`` is silently ignored.
 
     Args:
-        model: model as built by upstream.
+        model: MACE model as built by upstream.
         requested: E0s (eV), shape (heads, elements) or (elements,).
 
     Returns:
         whether something had to be corrected.
     """
-    buffer = model.atomic_energies_fn.atomic_energies
-    assert isinstance(buffer, torch.Tensor)
+    buffer: torch.Tensor = model.atomic_energies_fn.atomic_energies
     wanted = torch.as_tensor(requested, dtype=buffer.dtype, device=buffer.device).reshape(buffer.shape)
     error = float((buffer - wanted).abs().max())
     if error <= 1e-6:

@@ -32,7 +32,9 @@ def _files(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
 def data_hashes(args: argparse.Namespace) -> dict[str, str]:
     """sha256 of each training and validation file."""
     return {
-        f"{flag}:{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for flag, path in _files(args) if path.is_file()
+        f"{flag}:{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for flag, path in _files(args)
+        if path.is_file()
     }
 
 

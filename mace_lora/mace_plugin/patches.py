@@ -53,6 +53,7 @@ def _or_exit(step: Callable[..., Any], *args: Any) -> Any:
     try:
         return step(*args)
     except SettingsError as err:
+        start_run(None)
         # Not an Exception: upstream has ``except Exception`` around restarts.
         raise SystemExit(f"mace_run_train: error: {err}") from err
 

@@ -22,5 +22,3 @@ def job(tmp_path_factory):
     e0s = json.loads((EMBEDDED / "glycolamide_pbe0.json").read_text())["E0s_eV"]
     (folder / "e0s.txt").write_text(str({int(z): e for z, e in e0s.items()}))
     return folder
-
-

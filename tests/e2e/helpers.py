@@ -40,7 +40,9 @@ def flags(job: Path, work: Path, **changes: object) -> list[str]:
 def launch(arguments: list, check: bool = True, disable: bool = False, **kwargs) -> subprocess.CompletedProcess:
     """Run a command with one thread; on failure show its output."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "EQUITUNE_DISABLE": "1" if disable else "0", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([str(a) for a in arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    done = subprocess.run(
+        [str(a) for a in arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
     if check:
         assert done.returncode == 0, done.stdout[-3000:]
     return done

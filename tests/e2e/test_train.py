@@ -6,7 +6,7 @@ import mace.cli.run_train
 import numpy as np
 import pytest
 import torch
-from helpers import BIN, dft_frames, flags, launch, train  # noqa: F401
+from helpers import BIN, dft_frames, flags, launch, train
 
 from mace_lora import adapter_names, coverage, fingerprint, load_adapter, merge_lora, read_adapter
 from mace_lora.mace_plugin.base_model import describe_base, embedded_base
@@ -34,7 +34,7 @@ def finished(job, tmp_path_factory):
 
 
 def test_what_a_run_writes(finished):
-    work, log = finished
+    work, _ = finished
     for folder in ("run-adapter", "run_stagetwo-adapter"):
         assert {p.name for p in (work / folder).iterdir()} == {
             "adapter_config.json", "adapter_model.safetensors", "README.md",
@@ -105,7 +105,9 @@ def test_python_module_file_path_and_launcher(job, tmp_path):
 
 
 def test_yaml_config_and_flags(job, tmp_path):
-    (tmp_path / "config.yaml").write_text("lora: true\nlora_rank_pattern: '0e:3,1o:1'\nlora_targets: 'readouts,linear_up'\n")
+    (tmp_path / "config.yaml").write_text(
+        "lora: true\nlora_rank_pattern: '0e:3,1o:1'\nlora_targets: 'readouts,linear_up'\n"
+    )
     train(job, tmp_path / "w", lora=None, config=tmp_path / "config.yaml", max_num_epochs=1, lora_dense="none")
     saved = read_adapter(tmp_path / "w" / "run-adapter")
     assert {p.name for p in saved.plan} == {

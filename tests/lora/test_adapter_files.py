@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import build_mace, energy_forces, molecules, randomise
+from models import build_mace, energy_forces, molecules, randomise
 
 pytest.importorskip("mace")
 
-from mace_lora import (  # noqa: E402
+from mace_lora import (
     LoraConfig,
     apply_lora,
     combine_adapters,
@@ -22,7 +22,7 @@ from mace_lora import (  # noqa: E402
     read_adapter,
     save_adapter,
 )
-from mace_lora.mace_plugin.base_model import describe_base, load_base, prepare_base, save_base  # noqa: E402
+from mace_lora.mace_plugin.base_model import describe_base, load_base, prepare_base, save_base
 
 pytestmark = [pytest.mark.mace, pytest.mark.usefixtures("double")]
 CONFIG = LoraConfig(rank=2, alpha=3.0, rank_pattern={"1o": 1})
@@ -241,7 +241,7 @@ def test_an_adapter_with_nan_is_not_saved_and_the_old_one_stays(folder, base):
     model = load_adapter(copy.deepcopy(base), folder)
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))
-    with pytest.raises(ValueError, match="contains NaN or infinity in .*; it was not saved"):
+    with pytest.raises(ValueError, match=r"contains NaN or infinity in .*; it was not saved"):
         save_adapter(model, folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="the model has no adapter 'x'"):

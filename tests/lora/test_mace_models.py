@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, build_mace, energy_forces, molecules, randomise
+from models import FAMILIES, build_mace, energy_forces, molecules, randomise
 
 pytest.importorskip("mace")
 
-from e3nn import o3  # noqa: E402
+from e3nn import o3
 
-from mace_lora import LoraConfig, apply_lora, coverage, merge_lora  # noqa: E402
+from mace_lora import LoraConfig, apply_lora, coverage, merge_lora
 
 pytestmark = [pytest.mark.mace, pytest.mark.usefixtures("double")]
 

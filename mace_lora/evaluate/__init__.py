@@ -1,0 +1,1 @@
+"""Errors against labels, and the plots that go with them."""

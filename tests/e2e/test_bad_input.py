@@ -1,0 +1,141 @@
+"""Every bad input ends the real command before training, with a message that helps."""
+
+import ase.io
+import mace.cli.run_train
+import numpy as np
+import pytest
+import torch
+from helpers import dft_frames, flags
+
+from mace_lora import LoraConfig, apply_lora, save_adapter
+
+pytestmark = pytest.mark.mace
+
+
+def run(job, work, monkeypatch, **changes):
+    """mace_run_train in this process."""
+    monkeypatch.setattr("sys.argv", ["mace_run_train", *map(str, flags(job, work, **changes))])
+    mace.cli.run_train.main()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 0}, r"--lora_\*: rank: expected an integer >= 1, got 0"),
+        ({"lora_alpha": -1.0}, r"alpha: expected a positive number, got -1.0"),
+        ({"lora_rank_pattern": "0e=3"}, r"rank pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got '0e=3'"),
+        ({"lora_targets": "("}, r"targets: '\(' is not a regular expression"),
+        ({"foundation_model": None}, r"--lora: expected a base model, got none; give --foundation_model"),
+        ({"foundation_filter_elements": "False"}, r"re-initialises the readouts, and --lora would freeze"),
+        ({"freeze": 5}, r"--freeze 5: --lora already freezes the base; drop one of the two"),
+        ({"enable_cueq": "True"}, r"upstream's conversion drops LoRA layers"),
+        ({"model": "MACELES"}, r"--model MACELES: --lora supports MACE and ScaleShiftMACE"),
+        ({"train_file": "nowhere.xyz"}, r"--train_file: no file nowhere.xyz"),
+        ({"energy_key": "E", "forces_key": "F"}, r"has no energies under --energy_key=E and no forces under"),
+        (
+            {"lora_init_adapter": "nowhere"},
+            r"--lora_init_adapter: adapter nowhere: expected a file adapter_config.json",
+        ),
+        ({"lora_targets": "nothing_like_this"}, r"--lora: targets: no layer matches"),
+        ({"lora_rank_pattern": "4e:3"}, r"--lora: rank_pattern: the model has no weights of irrep 4e"),
+        ({"lora_dense": "nothing"}, r"--lora: dense: no parameter matches 'nothing'"),
+    ],
+)
+def test_settings(job, tmp_path, monkeypatch, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        run(job, tmp_path, monkeypatch, **changes)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_preset": "best"}, "argument --lora_preset: invalid choice: 'best'"),
+        ({"lora_backend": "peft"}, "argument --lora_backend: invalid choice: 'peft'"),
+        ({"lora_init": "pissa"}, "argument --lora_init: invalid choice: 'pissa'"),
+        ({"lora_rank": "many"}, "argument --lora_rank: invalid int value: 'many'"),
+        ({"lora": "perhaps"}, "argument --lora: Boolean value expected"),
+        ({"lora_typo": 3}, "unrecognized arguments: --lora_typo=3"),
+    ],
+)
+def test_unknown_flag_values(job, tmp_path, monkeypatch, capsys, changes, message):
+    import re
+
+    with pytest.raises(SystemExit):
+        run(job, tmp_path, monkeypatch, **changes)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def spoil_energy(atoms):
+    atoms.info["REF_energy"] = float("nan")
+
+
+def spoil_force(atoms):
+    atoms.arrays["REF_forces"][2, 1] = np.nan
+
+
+def spoil_units(atoms):
+    atoms.arrays["REF_forces"] *= 1000
+
+
+def spoil_positions(atoms):
+    atoms.positions[0] = np.inf
+
+
+def spoil_energy_units(atoms):
+    atoms.info["REF_energy"] *= 1e6
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_energy, r"frame 3 \(C2H5NO2\): energy label is nan; remove or relabel the frame"),
+        (spoil_force, r"frame 3 \(C2H5NO2\): force label of atom 2 is NaN or infinite"),
+        (spoil_units, r"frame 3 \(C2H5NO2\): force label of .* eV/A is absurd \(limit 300\); expected eV/A"),
+        (spoil_energy_units, r"frame 3 \(C2H5NO2\): energy label .* is absurd; expected eV, check the units"),
+        (spoil_positions, r"frame 3 \(C2H5NO2\): positions contain NaN or infinity"),
+    ],
+)
+def test_labels(job, tmp_path, monkeypatch, spoil, message):
+    frames = dft_frames("train", 5)
+    spoil(frames[3])
+    ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
+    with pytest.raises(SystemExit, match=message):
+        run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "bad.xyz")
+
+
+def test_element_missing_in_the_base(job, tmp_path, monkeypatch):
+    frames = dft_frames("train", 5)
+    for atoms in frames:
+        atoms.numbers[atoms.numbers == 7] = 15
+    ase.io.write(tmp_path / "p.xyz", frames, format="extxyz")
+    with pytest.raises(
+        SystemExit, match=r"element\(s\) Z = \[15\] are missing in the base model .* has Z = \[1, 6, 7, 8\]"
+    ):
+        run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "p.xyz", valid_file=tmp_path / "p.xyz",
+            E0s="{1: -13.0, 6: -1000.0, 8: -2000.0, 15: -9000.0}")  # fmt: skip
+
+
+def test_adapter_of_another_base(job, tmp_path, monkeypatch):
+    model = torch.load(job / "base.model", weights_only=False)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    apply_lora(model, LoraConfig(rank=2))
+    save_adapter(model, tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"--lora_init_adapter: it was trained on another base model: expected finger"):
+        run(job, tmp_path / "w", monkeypatch, lora_init_adapter=tmp_path / "other")
+
+
+def test_truncated_adapter(job, tmp_path, monkeypatch):
+    model = torch.load(job / "base.model", weights_only=False)
+    folder = save_adapter(apply_lora(model, LoraConfig(rank=2)), tmp_path / "a")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(SystemExit, match=r"--lora_init_adapter: .* is corrupt or truncated"):
+        run(job, tmp_path / "w", monkeypatch, lora_init_adapter=folder)
+
+
+def test_energy_references_of_another_level_are_a_warning(job, tmp_path, monkeypatch, caplog):
+    run(job, tmp_path, monkeypatch, E0s="{1: -13.0, 6: -1000.0, 7: -1480.0, 8: -2000.0}", dry_run=True)
+    assert "the E0s do not fit the labels' level of theory" in caplog.text
+    assert "--E0s=estimated" in caplog.text
