@@ -43,11 +43,12 @@ from mace_lora.mace_plugin.base_model import embedded_base  # noqa: E402
 BIN = Path(sys.executable).parent
 # every method gets two learning rates and the same number of epochs; the better one on the
 # validation frames is reported
+LORA = ["--lora", "--lora_rank=16", "--lora_init=unit_delta"]
 RUNS = {
+    "full_lr0.002": ("full fine-tuning", 0.002, []),
     "full_lr0.005": ("full fine-tuning", 0.005, []),
-    "full_lr0.02": ("full fine-tuning", 0.02, []),
-    "lora_lr0.005": ("LoRA, rank 16", 0.005, ["--lora", "--lora_rank=16"]),
-    "lora_lr0.02": ("LoRA, rank 16", 0.02, ["--lora", "--lora_rank=16"]),
+    "lora_lr0.005": ("LoRA, rank 16", 0.005, LORA),
+    "lora_lr0.01": ("LoRA, rank 16", 0.01, LORA),
 }
 SPLITS = ("train", "valid", "test")
 

@@ -24,7 +24,7 @@ from mace_lora.atomic import atomic_path, write_text
 
 from .card import model_card
 from .config import LoraConfig
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, layer_fingerprint
 from .inject import ModulePlan, adapter_layers, adapter_names, apply_plan
 from .layers import AdapterLayer
 
@@ -78,6 +78,8 @@ def config_json(model: nn.Module, config: LoraConfig, adapter_name: str, metadat
                 "ranks": layer.r[adapter_name],
                 "scaling": layer.scaling[adapter_name],
                 "dense": [k.replace("__", ".") for k in layer.lora_dense[adapter_name]],
+                # lets PEFT's loader, which sees one layer at a time, notice a wrong base
+                "base": layer_fingerprint(layer.base_layer),
             }
     pattern = "|".join(n.replace(".", r"\.") for n in modules)
     return {

@@ -9,7 +9,7 @@ from torch import nn
 
 from .inject import adapter_layers
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "layer_fingerprint"]
 
 # Buffers that define the potential. Others (coupling tensors, masks) follow from the architecture
 # and the e3nn version.
@@ -42,6 +42,15 @@ def fingerprint(model: nn.Module) -> str:
         if isinstance(neighbours, int | float):
             digest.update(f"{name}.avg_num_neighbors|{float(neighbours):.6g}".encode())
     return digest.hexdigest()
+
+
+def layer_fingerprint(module: nn.Module) -> str:
+    """First 16 hexadecimal digits of a sha256 over one layer's own weights, as float32."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.named_parameters()):
+        digest.update(f"{name}|{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:

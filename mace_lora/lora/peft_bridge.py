@@ -19,7 +19,7 @@ from torch import nn
 from .adapter import config_json
 from .blocks import describe
 from .config import LoraConfig, reject_unsupported
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, layer_fingerprint
 from .inject import apply_plan, plan_lora
 from .layers import AdapterLayer
 
@@ -48,6 +48,12 @@ class PeftAdapterLayer(AdapterLayer, LoraLayer):
         """Add an adapter as its config's plan says; PEFT calls this for a second adapter too."""
         assert config.equitune is not None
         plan = config.equitune["modules"][target_name]
+        got = layer_fingerprint(self.base_layer)
+        if got != plan["base"]:
+            raise ValueError(
+                f"adapter: it was trained on another base model: weights of {target_name} have fingerprint {got}, "
+                f"expected {plan['base']}; load the base named in the adapter's README.md"
+            )
         own = LoraConfig.from_dict(config.equitune["config"])
         self.add_adapter(adapter_name, plan["ranks"], plan["dense"], own)
         self.scaling[adapter_name] = dict(plan["scaling"])

@@ -153,6 +153,12 @@ def test_wrong_base_names_both_fingerprints(base, folder):
     smaller = build_mace(hidden="2x0e+2x1o")
     with pytest.raises(ValueError, match=r"expected shape .* from the model, got .*; wrong base model"):
         load_adapter(smaller, folder, check_base=False)
+    peft = pytest.importorskip("peft")
+    from mace_lora import register_peft
+
+    register_peft()
+    with pytest.raises(ValueError, match=r"trained on another base model: weights of .* have fingerprint .*, expected"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(other), folder)
     with pytest.raises(ValueError, match=r"the model has no layer for it"):
         load_adapter(torch.nn.Linear(2, 2), folder, check_base=False)
 

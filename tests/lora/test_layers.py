@@ -309,3 +309,22 @@ def test_initial_scale():
     wide = Single(nn.Linear(4000, 3), "4000x0e")
     a = apply_lora(wide, LoraConfig(rank=16, init="unit_delta")).layer.lora_A["default"]["0e"]
     assert abs(float(a.detach().std()) - 0.25) < 0.005
+
+
+def test_distributed_data_parallel(tmp_path):
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = apply_lora(linear(biases=True), LoraConfig(rank=2))
+        parallel = DistributedDataParallel(model)
+        optimiser = torch.optim.SGD([p for p in parallel.parameters() if p.requires_grad], lr=0.1)
+        x = model.inputs()
+        before = parallel(*x).detach()
+        for _ in range(3):
+            optimiser.zero_grad()
+            parallel(*x).square().sum().backward()
+            optimiser.step()
+        assert (parallel(*x) - before).abs().max() > 1e-6
+    finally:
+        torch.distributed.destroy_process_group()
