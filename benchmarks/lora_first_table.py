@@ -172,13 +172,16 @@ def main(
         for z, value in e0s[seed_list[0]].items():
             model.atomic_energies_fn.atomic_energies.view(-1)[known.index(z)] = value
         zero.write_text(json.dumps(errors(model, test)))
-    rows = []
     for method in methods.split(","):
         sweep = [
             one_run(folder, base, method, float(lr), seed_list[0], epochs, e0s[seed_list[0]]) for lr in lrs.split(",")
         ]
         best = min(sweep, key=lambda r: r["valid"]["mae_f"])["lr"]
-        rows += sweep + [one_run(folder, base, method, best, s, epochs, e0s[s]) for s in seed_list[1:]]
+        for seed in seed_list[1:]:
+            one_run(folder, base, method, best, seed, epochs, e0s[seed])
+    # all finished runs, those of earlier calls with other learning rates included
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*_lr*_s*.json"))]
+    rows = sorted((r for r in found if r["epochs"] == epochs), key=lambda r: list(METHODS).index(r["method"]))
     text = table(rows, json.loads(zero.read_text()))
     print(text)
     if output is not None:
