@@ -130,6 +130,29 @@ def export_base(
 
 
 @app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="base or foundation .model (a pickle: only from sources you trust)")],
+    adapter: Annotated[Path, typer.Argument(help="adapter folder")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="stock MACE .model to write")],
+) -> None:
+    """Fold an adapter into its base: a stock MACE .model that needs no equitune."""
+    from mace_lora.atomic import atomic_path
+    from mace_lora.lora.adapter import load_adapter, read_adapter
+    from mace_lora.lora.inject import merge_lora
+
+    read_adapter(adapter)  # before the slow part
+    if not base.is_file():
+        raise FileNotFoundError(f"no file {base}")
+    import mace  # noqa: F401  before e3nn, which the .model needs
+    import torch
+
+    model = merge_lora(load_adapter(torch.load(base, map_location="cpu", weights_only=False), adapter))
+    with atomic_path(output) as temporary:
+        torch.save(model, temporary)
+    console.print(f"merged model written to {output}")
+
+
+@app.command()
 def info(path: Annotated[Path, typer.Argument(help="adapter folder")]) -> None:
     """Show what an adapter is: ranks, parameters, base fingerprint, elements, provenance."""
     from mace_lora.lora.adapter import read_adapter

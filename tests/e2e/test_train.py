@@ -93,6 +93,25 @@ def test_merged_model_without_equitune(job, finished, tmp_path):
     assert np.abs(result["f"] - atoms.get_forces()).max() < 1e-4
 
 
+def test_merge_and_info_on_the_command_line(job, finished, tmp_path):
+    work, _ = finished
+    adapter, merged = work / "run-adapter", tmp_path / "merged.model"
+    launch([BIN / "equitune", "merge", job / "base.model", adapter, "-o", merged])
+    ours, theirs = (torch.load(p, weights_only=False).state_dict() for p in (merged, work / "run.model"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
+    shown = launch([BIN / "equitune", "info", adapter]).stdout
+    assert "degree_parity, 4, 4" in shown
+    assert read_adapter(adapter).metadata["base_fingerprint"][:20] in shown
+    done = launch([BIN / "equitune", "merge", work / "run.model", adapter, "-o", tmp_path / "x.model"], check=False)
+    assert done.returncode == 2
+    assert "equitune: error: adapter" in done.stdout
+    assert "it was trained on another base model" in done.stdout
+    done = launch([BIN / "equitune", "info", tmp_path], check=False)
+    assert done.returncode == 2
+    assert "expected a file adapter_config.json" in done.stdout
+
+
 def test_python_module_file_path_and_launcher(job, tmp_path):
     ways = {
         "module": [sys.executable, "-m", "mace.cli.run_train"],
