@@ -30,7 +30,6 @@ def test_core_adapts_a_real_nequip_model():
     import torch
     from nequip.data import AtomicDataDict, compute_neighborlist_, from_ase
     from nequip.model import NequIPGNNModel
-
     from nequip.utils.global_state import set_global_state
 
     from mace_lora import LoraConfig, apply_lora, coverage, disabled_adapters, merge_lora
