@@ -3,7 +3,7 @@
 Command:  OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python recipes/embedded_base.py [sample|train|export]
           (no stage: all three; a finished stage is skipped, a stopped one continues)
 Needs:    mace-torch, ase, rdkit, tblite, safetensors, pyyaml, typer, tqdm.
-Cost:     sample about 10 minutes with --jobs 2, train about 40 minutes on one thread,
+Cost:     sample 12 minutes with --jobs 2, train 36-50 minutes on one thread (36 s an epoch),
           export about 1 minute.
 
 `sample` runs GFN2-xTB Langevin dynamics of the molecules in molecules.yaml, `train` calls
