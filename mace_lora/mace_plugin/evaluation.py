@@ -34,11 +34,25 @@ class Prediction:
     forces: torch.Tensor
 
 
-def batch_of(dataset: Any, frames: int, device: torch.device) -> Batch:
-    """First frames of a dataset as one batch; leaves the training loader's random state alone."""
+def batch_of(dataset: Any, frames: int, device: torch.device, max_atoms: int = 2000) -> Batch:
+    """First frames of a dataset as one batch; leaves the training loader's random state alone.
+
+    Args:
+        dataset: upstream's graphs.
+        frames: how many at most.
+        device: where the batch goes.
+        max_atoms: stop before this many atoms, so that large cells fit into memory.
+    """
     from mace.tools import torch_geometric
 
-    items = [dataset[i] for i in range(min(frames, len(dataset)))]
+    items: list[Any] = []
+    atoms_so_far = 0
+    for i in range(min(frames, len(dataset))):
+        item = dataset[i]
+        atoms_so_far += int(item.num_nodes)
+        if items and atoms_so_far > max_atoms:
+            break
+        items.append(item)
     batch = torch_geometric.Batch.from_data_list(items).to(device)
     atoms = batch.ptr[1:] - batch.ptr[:-1]
     return Batch(batch.to_dict(), batch.energy.detach().reshape(-1), atoms)

@@ -17,7 +17,7 @@ from .protocol import SettingsError
 __all__ = ["check_files", "data_hashes"]
 
 MAX_FORCE = 300.0  # eV/Å: beyond any structure worth training on; Hartree/Bohr mix-ups come earlier
-MAX_ENERGY_PER_ATOM = 2e5  # eV: above the total energy per atom of the heaviest elements' cores
+MAX_ENERGY_PER_ATOM = 2e6  # eV: beyond the all-electron total energy of any element
 _READABLE = {".xyz", ".extxyz", ".gz", ".db", ".traj", ".cif", ".json"}
 
 

@@ -1,0 +1,62 @@
+"""Label checks do not reject what is fine."""
+
+import argparse
+
+import ase.io
+import numpy as np
+import pytest
+
+pytest.importorskip("mace")
+
+from mace_lora.mace_plugin import labels
+
+pytestmark = pytest.mark.mace
+
+
+def arguments(path, **changes):
+    values = {
+        "heads": None, "train_file": str(path), "valid_file": None, "test_file": None,
+        "energy_key": "REF_energy", "forces_key": "REF_forces",
+    } | changes  # fmt: skip
+    return argparse.Namespace(**values)
+
+
+def frame(symbols="OH", energy=-1.0, forces=True):
+    atoms = ase.Atoms(symbols, positions=np.eye(3)[: 1 if symbols == "U" else 2])
+    atoms.info["REF_energy"] = energy
+    if forces:
+        atoms.arrays["REF_forces"] = np.ones((len(atoms), 3))
+    return atoms
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [frame()],
+        [frame("U", energy=-7.6e5, forces=False), frame()],  # all-electron energy of uranium
+        [frame(forces=False)],
+        [frame(), ase.Atoms("He")],  # one frame without labels
+    ],
+)
+def test_accepted(tmp_path, frames):
+    ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
+    labels.check_files(arguments(tmp_path / "a.xyz"))
+
+
+def test_energy_and_forces_in_ase_s_own_keys(tmp_path):
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    atoms = ase.Atoms("OH", positions=np.eye(3)[:2])
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((2, 3)))
+    ase.io.write(tmp_path / "a.xyz", atoms, format="extxyz")
+    labels.check_files(arguments(tmp_path / "a.xyz", energy_key="energy", forces_key="forces"))
+
+
+def test_compressed_folders_and_unlabelled_test_files(tmp_path):
+    ase.io.write(tmp_path / "a.xyz.gz", frame(), format="extxyz")
+    ase.io.write(tmp_path / "t.xyz", ase.Atoms("H"), format="extxyz")
+    (tmp_path / "sharded").mkdir()
+    labels.check_files(
+        arguments(tmp_path / "a.xyz.gz", valid_file=str(tmp_path / "sharded"), test_file=tmp_path / "t.xyz")
+    )
+    assert list(labels.data_hashes(arguments(tmp_path / "a.xyz.gz"))) == ["train_file:a.xyz.gz"]
