@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -311,20 +313,37 @@ def test_initial_scale():
     assert abs(float(a.detach().std()) - 0.25) < 0.005
 
 
-def test_distributed_data_parallel(tmp_path):
-    from torch.nn.parallel import DistributedDataParallel
+DDP = """
+import sys, torch
+from e3nn import o3
+from torch.nn.parallel import DistributedDataParallel
+from mace_lora import LoraConfig, apply_lora
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = apply_lora(linear(biases=True), LoraConfig(rank=2))
-        parallel = DistributedDataParallel(model)
-        optimiser = torch.optim.SGD([p for p in parallel.parameters() if p.requires_grad], lr=0.1)
-        x = model.inputs()
-        before = parallel(*x).detach()
-        for _ in range(3):
-            optimiser.zero_grad()
-            parallel(*x).square().sum().backward()
-            optimiser.step()
-        assert (parallel(*x) - before).abs().max() > 1e-6
-    finally:
-        torch.distributed.destroy_process_group()
+rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+layer = torch.nn.Sequential(o3.Linear("4x0e+2x1o", "3x0e+2x1o"))
+apply_lora(layer, LoraConfig(rank=2))
+parallel = DistributedDataParallel(layer)
+optimiser = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+torch.manual_seed(rank)
+for _ in range(3):
+    optimiser.zero_grad()
+    parallel(torch.randn(5, 10)).square().sum().backward()
+    optimiser.step()
+torch.save({n: p.detach() for n, p in layer.named_parameters()}, f"{out}{rank}.pt")
+torch.distributed.barrier()
+del parallel
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Two processes with different data end with the same adapter, the base unchanged."""
+    prologue = "import importlib.util\nif importlib.util.find_spec('mace'): import mace\n"
+    command = [sys.executable, "-W", "ignore", "-c", prologue + DDP]
+    ranks = [subprocess.Popen([*command, str(r), str(tmp_path / "store"), str(tmp_path / "out")]) for r in (0, 1)]
+    assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"out{r}.pt") for r in (0, 1))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert first["0.lora_B.default.1o"].abs().max() > 0
