@@ -35,7 +35,7 @@ test-mace: .venv-mace/ready
 	$(THREADS) .venv-mace/bin/python -m pytest $(ARGS)
 
 test-nequip: .venv-nequip/ready
-	$(THREADS) .venv-nequip/bin/python -m pytest tests/nequip tests/lora $(ARGS)
+	$(THREADS) .venv-nequip/bin/python -m pytest tests/nequip_ext tests/lora $(ARGS)
 
 lint: .venv-mace/ready
 	.venv-mace/bin/ruff check .

@@ -10,12 +10,14 @@ Cost:     about 4 minutes a run (100 epochs, ethanol) on one CPU thread.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -24,6 +26,8 @@ import ase
 import numpy as np
 import typer
 from datasets import rmd17, split, write
+
+from mace_lora.atomic import write_text
 
 METHODS = {
     "full": [],
@@ -185,8 +189,18 @@ def main(
     text = table(rows, json.loads(zero.read_text()))
     print(text)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
+        head = (
+            f"# {molecule}, rMD17 (PBE/def2-SVP), base {base.stem}\n\n"
+            f"{TRAIN} training + {VALID} validation frames (both counted as labels), {len(test)} test frames, "
+            f"{epochs} epochs of 10 steps, EMA, float32, one CPU thread per run; E in meV (total energy), F in meV/Å; "
+            "median (min–max) over seeds, which change frames, initialisation and order.\n"
+            "`full` trains all weights; `mace-lora`: MACE's own --lora, rank 16, alpha 16; `ours`: --lora "
+            "--lora_rank=16; "
+            "`ours-unit`: the same with --lora_init=unit_delta.\n"
+            f"Command: `python benchmarks/lora_first_table.py --data DIR --base {base.name} --molecule {molecule}` "
+            f"({datetime.date.today()}, mace-torch {version('mace-torch')}, torch {version('torch')}).\n\n"
+        )
+        write_text(output, head + text + "\n")
         print(f"table written to {output}")
 
 
