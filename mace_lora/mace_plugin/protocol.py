@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 __all__ = ["GROUP", "Run", "SettingsError", "TrainPlugin", "current_run", "load_plugins", "start_run"]
 
 GROUP = "mace.run_train"
+_OURS = {"lora": "mace_lora.lora.mace:LoraPlugin"}
 
 
 class SettingsError(ValueError):
@@ -110,8 +111,11 @@ _current: Run | None = None
 
 
 def load_plugins() -> list[TrainPlugin]:
-    """Instantiate all plugins registered in this environment."""
-    return [ep.load()() for ep in sorted(entry_points(group=GROUP), key=lambda e: e.name)]
+    """Instantiate all plugins registered in this environment, and ours where it is not installed."""
+    found = {ep.name: ep for ep in entry_points(group=GROUP)}
+    for name, value in _OURS.items():  # PYTHONPATH-only use has no entry points
+        found.setdefault(name, EntryPoint(name, value, GROUP))
+    return [found[name].load()() for name in sorted(found)]
 
 
 def start_run(run: Run | None) -> None:

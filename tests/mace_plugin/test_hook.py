@@ -126,4 +126,8 @@ def test_wheel_install_and_uninstall_leave_mace_untouched(tmp_path):
     subprocess.run([new, "-m", "pip", "-q", "uninstall", "-y", "equitune"], check=True)
     assert {p.name for p in site.iterdir()} - {"__pycache__"} == listing - {"__pycache__"}
     assert run() == "False"
+    # without installation, through the launcher
+    command = [new, "-W", "ignore", "-m", "mace_lora.cli", "run", "mace_run_train", "--help"]
+    shown = subprocess.check_output(command, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "--lora_preset" in shown
     assert files_of("mace") == before
