@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from . import checkpoints
 from .contract import require
 from .energies import restore_energy_references
-from .protocol import Run, SettingsError, current_run, load_plugins, start_run
+from .protocol import Run, SettingsError, current_run, load_plugins, run_training, start_run
 
 __all__ = [
     "patch_arg_parser",
@@ -103,6 +104,7 @@ def patch_model_script_utils(module: ModuleType) -> None:
             restore_energy_references(model, run.E0s)
         for plugin in run.active():
             model = _or_exit(plugin.after_model, run, model)
+        run.model = weakref.ref(model)
         return model, output_args
 
 
@@ -111,21 +113,24 @@ def patch_lora(module: ModuleType) -> None:
 
     @_wrap(module, "inject_LoRAs")
     def inject(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        run = current_run()
-        if run is not None and run.active():
+        if run_training(model) is not None:
             return model
         injected: nn.Module = original(model, *args, **kwargs)
         return injected
 
     @_wrap(module, "merge_lora_weights")
     def merge(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        run = current_run()
-        if run is None or not run.active():
+        run = current_run()  # the model is a copy of the run's
+        if run is None or not run.active() or _has_class_of(module, model):
             merged: nn.Module = original(model, *args, **kwargs)
             return merged
         for plugin in run.active():
             model = plugin.before_save(run, model)
         return model
+
+
+def _has_class_of(module: ModuleType, model: nn.Module) -> bool:
+    return any(type(m).__module__ == module.__name__ for m in model.modules())
 
 
 def patch_scripts_utils(module: ModuleType) -> None:
@@ -134,7 +139,7 @@ def patch_scripts_utils(module: ModuleType) -> None:
     @_wrap(module, "get_params_options")
     def get_params_options(original: Callable[..., Any], args: Any, model: nn.Module) -> dict[str, Any]:
         options: dict[str, Any] = original(args, model)
-        run = current_run()
+        run = run_training(model)
         for plugin in run.active() if run is not None else []:
             groups = plugin.optimizer_groups(run, model)  # type: ignore[arg-type]
             if groups is not None:
@@ -143,8 +148,8 @@ def patch_scripts_utils(module: ModuleType) -> None:
 
     @_wrap(module, "extract_config_mace_model")
     def extract_config(original: Callable[..., Any], model: nn.Module) -> Any:
-        run = current_run()
-        if run is not None and run.active():
+        run = run_training(model)
+        if run is not None:
             model = copy.deepcopy(model)
             for plugin in run.active():
                 model = plugin.before_save(run, model)
@@ -163,8 +168,8 @@ def patch_train(module: ModuleType) -> None:
 
     @_wrap(module, "train")
     def train(original: Callable[..., Any], **kwargs: Any) -> Any:
-        run = current_run()
-        if run is not None and run.active():
+        run = run_training(kwargs["model"])
+        if run is not None:
             ema = kwargs.get("ema")
             if ema is not None:
                 trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
@@ -189,8 +194,8 @@ def patch_checkpoint(module: ModuleType) -> None:
 
     @functools.wraps(handler_save)
     def save(self: Any, state: Any, epochs: int, keep_last: bool = False) -> None:
-        run = current_run()
-        if run is None or not run.active():
+        run = run_training(state.model)
+        if run is None:
             handler_save(self, state, epochs, keep_last)
             return
         if not checkpoints.is_best(run, self.io.swa_start, epochs):
@@ -201,14 +206,13 @@ def patch_checkpoint(module: ModuleType) -> None:
 
     def load(state: Any, checkpoint: dict[str, Any], strict: bool) -> None:
         load_checkpoint(state, checkpoint, strict)
-        run = current_run()
-        if run is not None and run.active():
+        run = run_training(state.model)
+        if run is not None:
             run.restored = checkpoint.get("equitune")
 
     @functools.wraps(io_save)
     def save_file(self: Any, checkpoint: dict[str, Any], epochs: int, keep_last: bool = False) -> None:
-        run = current_run()
-        if run is None or not run.active():
+        if "equitune" not in checkpoint:
             io_save(self, checkpoint, epochs, keep_last)
             return
         checkpoints.write(self, checkpoint, epochs, keep_last, torch.save)

@@ -7,6 +7,7 @@ whose methods are called at fixed points of upstream's ``run``. Each may be left
 from __future__ import annotations
 
 import argparse
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["GROUP", "Run", "SettingsError", "TrainPlugin", "current_run", "load_plugins", "start_run"]
+__all__ = ["GROUP", "Run", "SettingsError", "TrainPlugin", "current_run", "load_plugins", "run_training", "start_run"]
 
 GROUP = "mace.run_train"
 _OURS = {"lora": "mace_lora.lora.mace:LoraPlugin"}
@@ -40,6 +41,7 @@ class Run:
         last_valid_loss: validation loss of the last evaluation.
         restored: our part of the checkpoint that was loaded for a restart.
         state: free for plugins.
+        model: the model that is trained, once it is built.
     """
 
     args: argparse.Namespace
@@ -53,6 +55,7 @@ class Run:
     ema: Any = None
     restored: dict[str, Any] | None = None
     state: dict[str, Any] = field(default_factory=dict)
+    model: weakref.ref[nn.Module] | None = None
 
     @property
     def tag(self) -> str:
@@ -127,3 +130,15 @@ def start_run(run: Run | None) -> None:
 def current_run() -> Run | None:
     """The run in progress in this process, or None outside ``mace_run_train``."""
     return _current
+
+
+def run_training(model: nn.Module) -> Run | None:
+    """The run that trains this model with at least one plugin; None for any other model.
+
+    Upstream's ``run`` has no end that we see, so a model handled later in the same process must
+    not be taken for the run's.
+    """
+    run = _current
+    if run is None or run.model is None or run.model() is not model or not run.active():
+        return None
+    return run

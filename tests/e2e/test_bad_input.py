@@ -139,3 +139,12 @@ def test_energy_references_of_another_level_are_a_warning(job, tmp_path, monkeyp
     run(job, tmp_path, monkeypatch, E0s="{1: -13.0, 6: -1000.0, 7: -1480.0, 8: -2000.0}", dry_run=True)
     assert "the E0s do not fit the labels' level of theory" in caplog.text
     assert "--E0s=estimated" in caplog.text
+
+
+def test_models_handled_after_a_run_in_the_same_process_are_not_taken_for_its_model(job, tmp_path, monkeypatch):
+    from mace.modules.lora import LoRAO3Linear, inject_LoRAs, merge_lora_weights
+
+    run(job, tmp_path, monkeypatch, dry_run=True)
+    model = inject_LoRAs(torch.load(job / "base.model", weights_only=False), rank=2)
+    assert any(isinstance(m, LoRAO3Linear) for m in model.modules())
+    assert not any(isinstance(m, LoRAO3Linear) for m in merge_lora_weights(model).modules())
