@@ -59,7 +59,8 @@ def _build_mace(
     readouts = {"NonLinearBiasReadoutBlock": NonLinearBiasReadoutBlock, "NonLinearReadoutBlock": NonLinearReadoutBlock}
     energies = np.arange(len(zs) * len(heads)).reshape(len(heads), -1) - 3.0
     config = {
-        "r_max": 4.0, "num_bessel": 6, "num_polynomial_cutoff": 5, "max_ell": max_ell,
+        # biased radial MLPs are only smooth at r_max with the cutoff applied after them
+        "apply_cutoff": family != "nonlinear", "r_max": 4.0, "num_bessel": 6, "num_polynomial_cutoff": 5, "max_ell": max_ell,
         "interaction_cls": modules.interaction_classes[later],
         "interaction_cls_first": modules.interaction_classes[first],
         "num_interactions": 2, "num_elements": len(zs), "hidden_irreps": o3.Irreps(hidden),
@@ -99,6 +100,17 @@ def molecules(seed: int = 0, dtype: torch.dtype | None = None, zs: tuple[int, ..
     batch = torch_geometric.Batch.from_data_list(items).to_dict()
     dtype = dtype or torch.get_default_dtype()
     return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+
+
+def dimer(distance: float):
+    """O–H at a distance in Å as a MACE batch."""
+    import ase
+    from mace import data
+    from mace.tools import AtomicNumberTable, torch_geometric
+
+    atoms = ase.Atoms("OH", positions=[[0, 0, 0], [0.6 * distance, 0, 0.8 * distance]])
+    item = data.AtomicData.from_config(data.config_from_atoms(atoms), z_table=AtomicNumberTable([1, 6, 8]), cutoff=4.0)
+    return torch_geometric.Batch.from_data_list([item]).to_dict()
 
 
 def energy_forces(model, batch, training: bool = False):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, build_mace, energy_forces, molecules, randomise
+from models import FAMILIES, build_mace, dimer, energy_forces, molecules, randomise
 
 pytest.importorskip("mace")
 
@@ -87,6 +87,16 @@ def test_permutation_and_extensivity(model):
     joined |= {k: batch[k][:1] for k in ("energy", "weight", "head") if torch.is_tensor(batch.get(k))}
     joined["cell"] = batch["cell"][:3]
     torch.testing.assert_close(energy_forces(model, joined)[0].sum(), energy.sum(), atol=1e-10, rtol=0)
+
+
+def test_smooth_at_the_cutoff(model):
+    adapted(model)
+    far = energy_forces(model, dimer(4.5))
+    for distance in (4.0 - 1e-3, 4.0 + 1e-3):
+        energy, forces = energy_forces(model, dimer(distance))
+        torch.testing.assert_close(energy, far[0], atol=1e-6, rtol=0)
+        assert forces.abs().max() < 1e-4
+    assert energy_forces(model, dimer(2.0))[1].abs().max() > 1e-3
 
 
 def test_merged_equals_unmerged(model):
