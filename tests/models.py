@@ -60,7 +60,8 @@ def _build_mace(
     energies = np.arange(len(zs) * len(heads)).reshape(len(heads), -1) - 3.0
     config = {
         # biased radial MLPs are only smooth at r_max with the cutoff applied after them
-        "apply_cutoff": family != "nonlinear", "r_max": 4.0, "num_bessel": 6, "num_polynomial_cutoff": 5, "max_ell": max_ell,
+        "apply_cutoff": family != "nonlinear",
+        "r_max": 4.0, "num_bessel": 6, "num_polynomial_cutoff": 5, "max_ell": max_ell,
         "interaction_cls": modules.interaction_classes[later],
         "interaction_cls_first": modules.interaction_classes[first],
         "num_interactions": 2, "num_elements": len(zs), "hidden_irreps": o3.Irreps(hidden),

@@ -40,7 +40,8 @@ def test_identity_at_start(model):
     before = energy_forces(model, batch)
     apply_lora(model, LoraConfig(rank=3))
     for a, b in zip(energy_forces(model, batch), before, strict=True):
-        assert torch.equal(a, b)
+        # the JIT may differentiate a second call in another order: rounding only
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 def test_equivariance_and_inversion(model):
