@@ -117,21 +117,21 @@ def test_peft_reads_and_writes_the_same_files(base, folder, tmp_path):
     for a, b in zip(energy_forces(theirs, batch), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
     with theirs.disable_adapter():
-        assert torch.equal(energy_forces(theirs, batch)[0], energy_forces(base, batch)[0])
+        torch.testing.assert_close(energy_forces(theirs, batch)[0], energy_forces(base, batch)[0], atol=1e-12, rtol=0)
     theirs.load_adapter(folder, "second")
     theirs.set_adapter("second")
-    assert torch.equal(energy_forces(theirs, batch)[0], expected[0])
+    torch.testing.assert_close(energy_forces(theirs, batch)[0], expected[0], atol=1e-12, rtol=0)
     theirs.delete_adapter("second")
     merged = theirs.merge_and_unload()
     assert list(merged.state_dict()) == list(base.state_dict())
     torch.testing.assert_close(energy_forces(merged, batch)[0], expected[0], atol=1e-10, rtol=0)
 
     new = peft.get_peft_model(copy.deepcopy(base), peft_config(base, CONFIG))
-    assert torch.equal(energy_forces(new, batch)[0], energy_forces(base, batch)[0])
+    torch.testing.assert_close(energy_forces(new, batch)[0], energy_forces(base, batch)[0], atol=1e-12, rtol=0)
     randomise(new)
     new.save_pretrained(tmp_path / "theirs")
     again = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    assert torch.equal(energy_forces(again, batch)[0], energy_forces(new, batch)[0])
+    torch.testing.assert_close(energy_forces(again, batch)[0], energy_forces(new, batch)[0], atol=1e-12, rtol=0)
 
 
 def test_peft_options_that_would_be_ignored_are_errors(base):
@@ -182,7 +182,7 @@ def test_foundation_model_is_prepared_like_in_training(tmp_path):
     folder = save_adapter(model, tmp_path / "a", config=CONFIG, metadata=metadata, dtype=torch.float64)
     batch = molecules(zs=(1, 8))
     loaded = load_adapter(foundation, folder)
-    assert torch.equal(energy_forces(loaded, batch)[0], energy_forces(model, batch)[0])
+    torch.testing.assert_close(energy_forces(loaded, batch)[0], energy_forces(model, batch)[0], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["agnostic", "density", "nonlinear"])
@@ -192,7 +192,7 @@ def test_base_as_safetensors(family, tmp_path):
     loaded = load_base(tmp_path / "base")
     batch = molecules()
     assert fingerprint(loaded) == fingerprint(base)
-    assert torch.equal(energy_forces(loaded, batch)[0], energy_forces(base, batch)[0])
+    torch.testing.assert_close(energy_forces(loaded, batch)[0], energy_forces(base, batch)[0], atol=1e-12, rtol=0)
 
 
 def damage_truncate(folder):
