@@ -197,6 +197,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
         if name not in known:
             raise ValueError(f"adapter {name!r} is not in the model; expected one of {', '.join(known) or 'none'}")
     for layer in adapter_layers(model).values():
+        layer.unmerge_all()  # a merged adapter would act beside the chosen ones
         layer.activate([n for n in wanted if n in layer.lora_A])
     return model
 
@@ -227,6 +228,11 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 def merge_adapters(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     """Fold adapters into the base weights, keeping the adapter layers so that it can be undone."""
     wanted = [names] if isinstance(names, str) else list(names)
+    known = adapter_names(model)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"adapter {name!r} is not in the model; expected one of {', '.join(known) or 'none'}")
+    set_adapter(model, wanted)
     for layer in adapter_layers(model).values():
         layer.merge_in_place(wanted)
     return model

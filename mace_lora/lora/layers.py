@@ -237,7 +237,9 @@ class AdapterLayer(nn.Module):
 
     def merged_base(self) -> nn.Module:
         """The base module with the active updates folded in; parameters trainable again."""
+        self.unmerge_all()
         if not self._disable_adapters:
             self.merge_in_place(self.active_adapters)
+            self._unmerged.clear()
         self.base_layer.requires_grad_(True)
         return self.base_layer

@@ -130,18 +130,37 @@ class LoraPlugin(TrainPlugin):
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
         suffix = "_stagetwo-adapter" if stage_two else "-adapter"
         folder = Path(run.args.model_dir) / f"{run.args.name}{suffix}"
-        save_adapter(
-            model,
-            folder,
-            adapter_name=ADAPTER,
-            config=run.state["lora_config"],
-            metadata=run.state["lora_metadata"],
-            run={"epoch": epoch, "validation_loss": run.last_valid_loss},
-        )
+        try:
+            save_adapter(
+                model,
+                folder,
+                adapter_name=ADAPTER,
+                config=run.state["lora_config"],
+                metadata=run.state["lora_metadata"],
+                run={"epoch": epoch, "validation_loss": run.last_valid_loss},
+            )
+        except ValueError as err:  # NaN: training has diverged
+            raise SettingsError(f"--lora: {err}; lower --lr, and restart with --restart_latest") from err
         if not run.state.get("lora_announced"):
             run.state["lora_announced"] = True
             logging.info("equitune: writing the adapter to %s at every best epoch", folder)
         return {"config": run.state["lora_config"].to_dict()}
+
+    def after_restart(self, run: Run, model: nn.Module) -> None:
+        assert run.restored is not None
+        saved, now = run.restored["plugins"]["lora"]["config"], run.state["lora_config"].to_dict()
+        changed = [f"{k}: {saved.get(k)!r} before, {v!r} now" for k, v in now.items() if saved.get(k) != v]
+        if changed:
+            raise SettingsError(
+                f"--restart_latest: the --lora_* flags differ from the checkpoint's ({'; '.join(changed)}); give "
+                "the same flags as before, or another --name"
+            )
+        expected, got = run.state["lora_metadata"]["base_fingerprint"], fingerprint(model)
+        if got != expected:
+            raise SettingsError(
+                "--restart_latest: the checkpoint has another base model or other energy references than this command: "
+                f"expected fingerprint {expected}, got {got}; give the same --foundation_model and --E0s as before"
+            )
 
     def before_save(self, run: Run, model: nn.Module) -> nn.Module:
         return merge_lora(model)
@@ -196,7 +215,7 @@ def _check_start(run: Run, saved: Mapping[str, Any], model: nn.Module) -> None:
             f"--lora_init_adapter: it was trained on another base model: expected fingerprint {expected} "
             f"(foundation {foundation}), got {got} (foundation {ours})"
         )
-    if list(saved.get("elements", [])) != base_model.elements(model):
+    if "elements" in saved and list(saved["elements"]) != base_model.elements(model):
         raise ValueError(
             f"--lora_init_adapter: it was trained for elements Z = {saved.get('elements')}, the data has "
             f"Z = {base_model.elements(model)}; adapters only fit the same set of elements"

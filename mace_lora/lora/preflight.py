@@ -77,7 +77,7 @@ def _dry_merge(model: nn.Module, adapter: str, batch: evaluation.Batch) -> None:
 def _energy_references(batch: evaluation.Batch, predicted: evaluation.Prediction) -> None:
     """Table of the mean energy residual before training; a large one means wrong E0s."""
     residual = (batch.energy - predicted.energy) / batch.atoms
-    residual = residual[torch.isfinite(residual)]
+    residual = residual[batch.labelled & torch.isfinite(residual)]
     if residual.numel() == 0:
         return
     mean, spread = float(residual.mean()), float(residual.std(unbiased=False))

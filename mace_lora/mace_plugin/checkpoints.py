@@ -7,7 +7,9 @@ but not the raw weights and the EMA's own state, and forgets the best loss at a 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,17 +33,23 @@ def is_best(run: Run, swa_start: int | None, epoch: int) -> bool:
     best = (run.state.get("best_loss") or {}).get(str(_stage_two(swa_start, epoch)))
     if best is None or run.args.save_all_checkpoints or run.last_valid_loss is None:
         return True
-    return run.last_valid_loss < best
+    return not run.last_valid_loss >= best  # a NaN is saved, as upstream does
+
+
+def _loss_scale(run: Run) -> str:
+    """What makes two validation losses comparable."""
+    names = ("loss", "energy_weight", "forces_weight", "stress_weight", "virials_weight", "valid_file")
+    return "; ".join(f"{n}={getattr(run.args, n, None)}" for n in names)
 
 
 def collect(run: Run, model: nn.Module, swa_start: int | None, epoch: int) -> dict[str, Any]:
     """Our part of a checkpoint: EMA state, raw weights, best losses, what the plugins add."""
     stage_two = _stage_two(swa_start, epoch)
     best = dict(run.state.get("best_loss") or {})
-    if run.last_valid_loss is not None:
+    if run.last_valid_loss is not None and math.isfinite(run.last_valid_loss):
         best[str(stage_two)] = run.last_valid_loss
     run.state["best_loss"] = best
-    out: dict[str, Any] = {"best_loss": best, "plugins": {}}
+    out: dict[str, Any] = {"best_loss": best, "loss_scale": _loss_scale(run), "plugins": {}}
     if run.ema is not None:
         # collected_params are the raw weights: upstream saves inside average_parameters().
         out["ema"] = run.ema.state_dict()
@@ -75,7 +83,10 @@ def resume(run: Run, model: nn.Module) -> None:
             "(upstream then starts again at epoch 0); use the same data, model and --lora_* flags as before, or "
             "another --name to start afresh"
         )
-    run.state["best_loss"] = dict(run.restored["best_loss"])
+    if run.restored["loss_scale"] == _loss_scale(run):
+        run.state["best_loss"] = dict(run.restored["best_loss"])
+    else:
+        logging.info("equitune: another loss or validation set than before the restart; best loss counted anew")
     saved = run.restored.get("ema")
     if run.ema is None or saved is None:
         return
@@ -109,12 +120,22 @@ def check_restart(run: Run) -> None:
         SettingsError: the checkpoint has adapters and the command has no ``--lora``, or the other
             way round, or the checkpoint is unreadable.
     """
-    path = latest_checkpoint(run) if run.args.restart_latest else None
+    path = latest_checkpoint(run)
     if path is None:
+        return
+    if not run.args.restart_latest:
+        if run.active():
+            raise SettingsError(
+                f"--name {run.args.name}: {os.fspath(path)} is left from an earlier run, and MACE would take the "
+                "latest checkpoint it finds for this run's result; continue that run with --restart_latest, or choose another "
+                "--name or --work_dir, or delete its checkpoints"
+            )
         return
     try:
         content = torch.load(path, map_location="cpu", weights_only=False)
-    except (OSError, RuntimeError, EOFError, ValueError) as err:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as err:
+        if not run.active():
+            return  # upstream's own affair
         raise SettingsError(
             f"--restart_latest: {os.fspath(path)} is corrupt ({err}); delete it and restart from the one before"
         ) from err

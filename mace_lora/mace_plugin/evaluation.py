@@ -19,11 +19,13 @@ class Batch:
         graph: keyword tensors for the model's forward.
         energy: labels (frames,) in eV.
         atoms: number of atoms (frames,).
+        labelled: whether the frame has an energy label (frames,); upstream fills in zeros.
     """
 
     graph: dict[str, Any]
     energy: torch.Tensor
     atoms: torch.Tensor
+    labelled: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def batch_of(dataset: Any, frames: int, device: torch.device, max_atoms: int = 2
         items.append(item)
     batch = torch_geometric.Batch.from_data_list(items).to(device)
     atoms = batch.ptr[1:] - batch.ptr[:-1]
-    return Batch(batch.to_dict(), batch.energy.detach().reshape(-1), atoms)
+    labelled = batch.energy_weight.detach().reshape(-1) != 0
+    return Batch(batch.to_dict(), batch.energy.detach().reshape(-1), atoms, labelled)
 
 
 def energy_forces(model: nn.Module, batch: Batch) -> Prediction:

@@ -31,11 +31,12 @@ def _files(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
 
 def data_hashes(args: argparse.Namespace) -> dict[str, str]:
     """sha256 of each training and validation file."""
-    return {
-        f"{flag}:{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for flag, path in _files(args)
-        if path.is_file()
-    }
+    out = {}
+    for flag, path in _files(args):
+        if path.is_file():
+            with path.open("rb") as handle:
+                out[f"{flag}:{path.name}"] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return out
 
 
 def check_files(args: argparse.Namespace) -> None:

@@ -101,7 +101,9 @@ def patch_model_script_utils(module: ModuleType) -> None:
             _or_exit(plugin.before_model, run)
         model, output_args = original(args, train_loader, *rest, **kwargs)
         if run.foundation is not None and run.E0s is not None:
-            restore_energy_references(model, run.E0s)
+            # with --foundation_model_elements upstream pads elements that the data lacks with zeros
+            given = {int(z) for h in bound.get("head_configs") or [] for z in h.atomic_numbers}
+            restore_energy_references(model, run.E0s, given or set(run.elements))
         for plugin in run.active():
             model = _or_exit(plugin.after_model, run, model)
         run.model = weakref.ref(model)
@@ -167,8 +169,8 @@ def patch_train(module: ModuleType) -> None:
         return original(valid_loss, *args, **kwargs)
 
     @_wrap(module, "train")
-    def train(original: Callable[..., Any], **kwargs: Any) -> Any:
-        run = run_training(kwargs["model"])
+    def train(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        run = run_training(kwargs["model"]) if "model" in kwargs else None
         if run is not None:
             ema = kwargs.get("ema")
             if ema is not None:
@@ -176,8 +178,11 @@ def patch_train(module: ModuleType) -> None:
                 ema = type(ema)(trained, decay=ema.decay)
                 kwargs["ema"] = run.ema = ema
             _or_exit(checkpoints.resume, run, kwargs["model"])
+            if run.restored is not None:
+                for plugin in run.active():
+                    _or_exit(plugin.after_restart, run, kwargs["model"])
             logging.info("equitune: training %s values", f"{_trained(kwargs['model']):,}")
-        return original(**kwargs)
+        return original(*args, **kwargs)
 
 
 def _trained(model: nn.Module) -> int:
@@ -201,7 +206,7 @@ def patch_checkpoint(module: ModuleType) -> None:
         if not checkpoints.is_best(run, self.io.swa_start, epochs):
             return
         checkpoint = self.builder.create_checkpoint(state)
-        checkpoint["equitune"] = checkpoints.collect(run, state.model, self.io.swa_start, epochs)
+        checkpoint["equitune"] = _or_exit(checkpoints.collect, run, state.model, self.io.swa_start, epochs)
         self.io.save(checkpoint, epochs, keep_last)
 
     def load(state: Any, checkpoint: dict[str, Any], strict: bool) -> None:

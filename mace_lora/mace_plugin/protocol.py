@@ -97,6 +97,13 @@ class TrainPlugin:
         """Change the model after upstream has built it."""
         return model
 
+    def after_restart(self, run: Run, model: nn.Module) -> None:
+        """Check the model after a checkpoint was loaded.
+
+        Raises:
+            SettingsError: the checkpoint does not belong to this command.
+        """
+
     def optimizer_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
         """Replace upstream's parameter groups, or None to keep them."""
         return None

@@ -110,6 +110,20 @@ def test_restart_with_other_adapters_is_refused(job, killed):
     done = train(job, killed, check=False, lora_rank=3, ema=True, restart_latest=True)
     assert done.returncode == 1
     assert "could not be loaded into this model" in done.stdout
+    done = train(job, killed, check=False, lora_alpha=64, ema=True, restart_latest=True, max_num_epochs=500)
+    assert done.returncode == 1
+    assert "flags differ from the checkpoint's (alpha: 4.0 before, 64.0 now)" in done.stdout
+    other = "{1: -13.0, 6: -1027.0, 7: -1482.0, 8: -2038.0}"
+    done = train(job, killed, check=False, ema=True, restart_latest=True, max_num_epochs=500, E0s=other)
+    assert done.returncode == 1
+    assert "the checkpoint has another base model or other energy references" in done.stdout
+
+
+def test_leftover_checkpoints_are_refused(job, killed):
+    done = train(job, killed, check=False, ema=True)
+    assert done.returncode == 1
+    assert "is left from an earlier run" in done.stdout
+    assert "continue that run with --restart_latest, or choose another --name" in done.stdout
 
 
 def test_restart_of_a_plain_run_with_lora_is_refused(job, tmp_path):

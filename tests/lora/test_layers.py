@@ -313,6 +313,24 @@ def test_initial_scale():
     assert abs(float(a.detach().std()) - 0.25) < 0.005
 
 
+def test_switching_undoes_a_merge():
+    model = randomised(linear())
+    x = model.inputs()
+    first = model(*x)
+    apply_lora(model, LoraConfig(rank=1), "second")
+    torch.nn.init.normal_(model.layer.lora_B["second"]["0e"])
+    second = model(*x)
+    merge_adapters(model, "default")
+    torch.testing.assert_close(model(*x), first, atol=1e-10, rtol=0)
+    set_adapter(model, "second")
+    assert torch.equal(model(*x), second)
+    merge_adapters(model, "default")
+    merged = merge_lora(model)
+    torch.testing.assert_close(merged(*x), first, atol=1e-10, rtol=0)
+    with pytest.raises(ValueError, match=r"adapter 'x' is not in the model; expected one of default"):
+        merge_adapters(randomised(linear()), "x")
+
+
 DDP = """
 import sys, torch
 from e3nn import o3

@@ -87,6 +87,9 @@ def test_energy_references_are_restored():
     assert energies.restore_energy_references(model, wanted)
     assert model.atomic_energies_fn.atomic_energies.reshape(1, -1).tolist() == wanted
     assert not energies.restore_energy_references(model, wanted)
+    # elements that the data lacks keep the base's reference
+    assert energies.restore_energy_references(model, [[-9.0, 0.0, -8.0]], {1, 8})
+    assert model.atomic_energies_fn.atomic_energies.reshape(-1).tolist() == [-9.0, -2.0, -8.0]
 
 
 def test_doctor():
