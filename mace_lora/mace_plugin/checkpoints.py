@@ -127,8 +127,8 @@ def check_restart(run: Run) -> None:
         if run.active():
             raise SettingsError(
                 f"--name {run.args.name}: {os.fspath(path)} is left from an earlier run, and MACE would take the "
-                "latest checkpoint it finds for this run's result; continue that run with --restart_latest, or choose another "
-                "--name or --work_dir, or delete its checkpoints"
+                "latest checkpoint it finds for this run's result; continue that run with --restart_latest, or choose "
+                "another --name or --work_dir, or delete its checkpoints"
             )
         return
     try:
