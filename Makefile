@@ -9,7 +9,7 @@ THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .PHONY: help quickstart test test-mace test-nequip lint format env-mace env-nequip clean
 
 help:
-	@echo "make quickstart   adapt the embedded base to 50 DFT frames (own environment, about 5 minutes)"
+	@echo "make quickstart   adapt the embedded base to 50 DFT frames (own environment, about 7 minutes)"
 	@echo "make test         run both test suites (makes .venv-mace and .venv-nequip)"
 	@echo "make lint         ruff and mypy"
 	@echo "make env-mace     only the MACE environment;  make env-nequip: only the NequIP one"

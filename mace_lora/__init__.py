@@ -30,6 +30,7 @@ _WHERE = {
     "fingerprint": "lora.fingerprint",
     "register_peft": "lora.peft_bridge",
     "embedded_base": "mace_plugin.base_model",
+    "prepare_base": "mace_plugin.base_model",
     "embedded_dft_path": "embedded",
 }
 __all__ = [*_WHERE, "__version__"]

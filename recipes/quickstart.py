@@ -3,7 +3,7 @@
 Purpose:  the main job of the package from end to end with real data: a MACE base trained on
           GFN2-xTB labels becomes a PBE0 potential of glycolamide from 50 + 50 labelled frames.
 Command:  make quickstart        (or: python recipes/quickstart.py)
-Cost:     about 4 minutes on two CPU cores.
+Cost:     4 to 8 minutes on two CPU cores.
 Writes:   quickstart-run/: table.md, parity.png, learning_curve.png, and one folder per run with
           MACE's own .model and the adapter.
 """
