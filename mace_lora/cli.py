@@ -110,7 +110,7 @@ def _installed(name: str) -> bool:
 @app.command("export-base")
 def export_base(
     output: Annotated[Path, typer.Argument(help="file to write, e.g. organic.model")],
-    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float64",
 ) -> None:
     """Write the embedded organic base (H, C, N, O) as a .model for --foundation_model.
 

@@ -37,12 +37,12 @@ from tqdm import tqdm
 NAME = "organic_small"
 LEVEL = "GFN2-xTB"
 TEMPERATURES_K = (300.0, 600.0, 1000.0)
-FRAMES_PER_TEMPERATURE = 13
+FRAMES_PER_TEMPERATURE = 30
 TIMESTEP_FS, FRICTION_PER_FS = 0.5, 0.02
-EQUILIBRATION_FS, SPACING_FS = 500.0, 30.0
+EQUILIBRATION_FS, SPACING_FS = 400.0, 25.0
 RATTLES_A = (0.05, 0.065, 0.08, 0.1)
 MAX_FORCE = 30.0  # eV/Å
-ATOM_SPINS = {"H": 1, "C": 2, "N": 3, "O": 2}
+ATOM_SPINS = {"H": 1, "C": 2, "N": 3, "O": 2, "F": 1, "S": 2}
 SEED, VALID_FRACTION = 7, 0.05
 LR_START, LR_END = 0.01, 0.0001
 
@@ -161,11 +161,28 @@ def isolated_atoms() -> list[Atoms]:
     return singles
 
 
+def check_settings(workdir: Path) -> None:
+    """Refuse a work folder made with other molecules or other sampling settings."""
+    now = {
+        "molecules": {name: [split, smiles, seed] for split, name, smiles, seed in molecules()},
+        "temperatures_K": list(TEMPERATURES_K),
+        "frames_per_temperature": FRAMES_PER_TEMPERATURE,
+        "fs": [TIMESTEP_FS, FRICTION_PER_FS, EQUILIBRATION_FS, SPACING_FS],
+        "rattles_A": list(RATTLES_A),
+        "max_force": MAX_FORCE,
+    }
+    path = workdir / "settings.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != now:
+        raise SystemExit(f"{workdir} was made with other molecules or settings; give another --workdir")
+    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+
+
 @app.command()
 def sample(workdir: Workdir = WORKDIR, jobs: Jobs = 1) -> None:
     """Sample and label every molecule; write train, valid and heldout files."""
     folder = workdir / "molecules"
     folder.mkdir(parents=True, exist_ok=True)
+    check_settings(workdir)
     if (workdir / "counts.json").exists():
         print(f"sample: done before, files in {workdir}")
         return

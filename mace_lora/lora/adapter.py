@@ -25,7 +25,7 @@ from mace_lora.atomic import atomic_path, write_text
 from .card import model_card
 from .config import LoraConfig
 from .fingerprint import fingerprint, layer_fingerprint
-from .inject import ModulePlan, adapter_layers, adapter_names, apply_plan
+from .inject import ModulePlan, adapter_layers, adapter_names, apply_plan, delete_adapter
 from .layers import AdapterLayer
 
 __all__ = ["AdapterFile", "adapter_tensors", "config_json", "load_adapter", "read_adapter", "save_adapter"]
@@ -247,11 +247,16 @@ def load_adapter(
     saved = read_adapter(path)
     if check_base:
         model = _matching_base(model, saved, Path(path))
+    before = adapter_names(model)
     try:
         apply_plan(model, saved.plan, saved.config, adapter_name)
-    except (AttributeError, KeyError) as err:
+        load_tensors(model, saved, adapter_name, Path(path))
+    except (AttributeError, KeyError, ValueError) as err:
+        if adapter_name not in before and adapter_name in adapter_names(model):
+            delete_adapter(model, adapter_name)  # leave no half-loaded adapter behind
+        if isinstance(err, ValueError):
+            raise
         raise ValueError(f"adapter {path}: the model has no layer for it ({err}); wrong base model?") from err
-    load_tensors(model, saved, adapter_name, Path(path))
     return model
 
 
@@ -260,10 +265,14 @@ def _matching_base(model: nn.Module, saved: AdapterFile, path: Path) -> nn.Modul
     if got == expected:
         return model
     foundation = saved.metadata.get("foundation_fingerprint")
-    if foundation is not None and got == foundation:
-        from mace_lora.mace_plugin.base_model import prepare_base
+    if foundation is not None:
+        from mace_lora.mace_plugin.base_model import prepare_base, select_head
 
-        return prepare_base(model, saved.metadata)
+        # a foundation with several heads: mace_run_train starts from one of them
+        head = saved.metadata.get("foundation_head")
+        source = model if got == foundation else select_head(model, head)
+        if source is not None and fingerprint(source) == foundation:
+            return prepare_base(source, saved.metadata)
     raise ValueError(
         f"adapter {path}: it was trained on another base model: expected fingerprint {expected}"
         + (f" (or its foundation model {foundation})" if foundation else "")

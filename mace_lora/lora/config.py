@@ -179,9 +179,9 @@ def parse_rank_pattern(text: str) -> dict[str, int]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         irrep, sep, rank = part.partition(":")
         if not sep or not _IRREP.fullmatch(irrep.strip()) or not rank.strip().isdigit():
-            raise ValueError(f"rank pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got {part!r}")
+            raise ValueError(f"rank_pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got {part!r}")
         if irrep.strip() in out:
-            raise ValueError(f"rank pattern: irrep {irrep.strip()!r} is given twice in {text!r}")
+            raise ValueError(f"rank_pattern: irrep {irrep.strip()!r} is given twice in {text!r}")
         out[irrep.strip()] = int(rank)
     return out
 

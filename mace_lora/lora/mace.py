@@ -16,9 +16,10 @@ from mace_lora.mace_plugin import base_model, labels
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
 from .adapter import load_tensors, read_adapter, save_adapter
-from .config import INITS, PRESETS, LoraConfig, parse_rank_pattern
+from .config import INITS, PRESETS
 from .fingerprint import fingerprint
 from .inject import apply_lora, apply_plan, merge_lora
+from .mace_args import config_from, refuse_conflicts, refuse_unused, resolve_defaults
 from .preflight import preflight
 
 __all__ = ["LoraPlugin"]
@@ -48,42 +49,31 @@ class LoraPlugin(TrainPlugin):
         group.add_argument(
             "--lora_preset",
             choices=PRESETS,
-            default="degree_parity",
-            help="degree_parity: every equivariant weight, one independent pair per irrep (l, p); "
+            help="degree_parity (default): every equivariant weight, one independent pair per irrep (l, p); "
             "upstream: only the layers that MACE's own LoRA adapts",
         )
-        group.add_argument("--lora_rank_pattern", default="", help="rank per irrep, e.g. '0e:16,1o:8'")
-        group.add_argument(
-            "--lora_targets", default=None, help="comma-separated regular expressions of module names to adapt"
-        )
+        group.add_argument("--lora_rank_pattern", help="rank per irrep, e.g. '0e:16,1o:8'")
+        group.add_argument("--lora_targets", help="comma-separated regular expressions of module names to adapt")
         group.add_argument(
             "--lora_dense",
-            default="preset",
-            help="parameters trained in full: 'preset', 'none', or comma-separated regular expressions",
+            help="parameters trained in full: 'preset' (default), 'none', or comma-separated regular expressions",
         )
-        group.add_argument("--lora_init", choices=INITS, default="elora", help="distribution of A (B starts at zero)")
-        group.add_argument("--lora_init_adapter", default=None, metavar="DIR", help="start from this adapter")
-        group.add_argument(
-            "--lora_weight_decay", type=float, default=0.0, help="weight decay of all adapter parameters"
-        )
+        group.add_argument("--lora_init", choices=INITS, help="distribution of A (B starts at zero)")
+        group.add_argument("--lora_init_adapter", metavar="DIR", help="start from this adapter")
+        group.add_argument("--lora_weight_decay", type=float, help="weight decay of all adapter parameters (default 0)")
 
     def enabled(self, args: argparse.Namespace) -> bool:
         return bool(args.lora) and args.lora_backend == "equitune"
 
     def check_args(self, run: Run) -> None:
         args = run.args
-        ours = args.lora_backend == "equitune"
-        if args.lora_rank is None:
-            args.lora_rank = 16 if ours else 4
-        if args.lora_alpha is None:
-            args.lora_alpha = float(args.lora_rank) if ours else 1.0
+        refuse_unused(args)
+        resolve_defaults(args)
         if not self.enabled(args):
             return
-        try:
-            run.state["lora_config"] = _config_from(args)
-        except ValueError as err:
-            raise SettingsError(f"--lora_*: {err}") from err
-        _refuse_conflicts(args)
+        run.state["lora_config"] = config_from(args)
+        refuse_conflicts(args)
+        _keep_learning_rate(args)
         if args.lora_init_adapter is not None:
             try:
                 run.state["lora_start"] = read_adapter(args.lora_init_adapter)
@@ -166,45 +156,14 @@ class LoraPlugin(TrainPlugin):
         return merge_lora(model)
 
 
-def _config_from(args: argparse.Namespace) -> LoraConfig:
-    """LoRA settings from the command line."""
-    dense: tuple[str, ...] | None = None
-    if args.lora_dense == "none":
-        dense = ()
-    elif args.lora_dense != "preset":
-        dense = tuple(_split(args.lora_dense))
-    return LoraConfig(
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        preset=args.lora_preset,
-        rank_pattern=parse_rank_pattern(args.lora_rank_pattern),
-        targets=None if args.lora_targets is None else tuple(_split(args.lora_targets)),
-        dense=dense,
-        init=args.lora_init,
-    )
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _refuse_conflicts(args: argparse.Namespace) -> None:
-    if args.foundation_model is None:
-        raise SettingsError("--lora: expected a base model, got none; give --foundation_model")
-    if not args.foundation_filter_elements:
-        raise SettingsError(
-            "--foundation_filter_elements False: upstream then re-initialises the readouts, and --lora would freeze "
-            "random readouts; leave it True"
-        )
-    if args.freeze:
-        raise SettingsError(f"--freeze {args.freeze}: --lora already freezes the base; drop one of the two")
-    if args.enable_cueq or args.enable_oeq or args.only_cueq:
-        raise SettingsError(
-            "--enable_cueq/--enable_oeq/--only_cueq: upstream's conversion drops LoRA layers; train with --lora on the "
-            "e3nn backend and convert the merged model afterwards"
-        )
-    if args.model not in ("MACE", "ScaleShiftMACE"):
-        raise SettingsError(f"--model {args.model}: --lora supports MACE and ScaleShiftMACE")
+def _keep_learning_rate(args: argparse.Namespace) -> None:
+    """Upstream's replay mode sets lr 1e-4 and EMA decay 0.99999, with which adapters hardly move."""
+    if args.multiheads_finetuning and args.pt_train_file is not None and not args.force_mh_ft_lr:
+        args.force_mh_ft_lr = True
+        logging.info(
+            "equitune: --lora keeps lr %g and the EMA settings of the command line in multi-head fine-tuning "
+            "(upstream would set lr 0.0001 and EMA decay 0.99999)", args.lr,
+        )  # fmt: skip
 
 
 def _check_start(run: Run, saved: Mapping[str, Any], model: nn.Module) -> None:
@@ -229,6 +188,7 @@ def _metadata(run: Run, model: nn.Module) -> dict[str, Any]:
         "base_model": str(run.args.foundation_model),
         "base_fingerprint": fingerprint(model),
         "foundation_fingerprint": fingerprint(run.foundation),
+        "foundation_head": run.args.foundation_head,
         "command": " ".join(sys.argv),
         "data": labels.data_hashes(run.args),
     }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import torch
+from ase import units
 from torch import nn
 
 from mace_lora.mace_plugin import evaluation
@@ -19,6 +21,16 @@ __all__ = ["preflight"]
 # Largest deviation that rounding explains, relative to the largest value (float32, float64).
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 _FRAMES = 32
+_UNIT_CORRELATION, _UNIT_SLOPE = 0.6, 5.0
+# eV/A per unit: labels in that unit are 1/value times as large as in eV/A
+_FORCE_UNITS = {
+    "Hartree/Bohr": units.Hartree / units.Bohr,
+    "Hartree/A": units.Hartree,
+    "kcal/mol/A": units.kcal / units.mol,
+    "kJ/mol/A": units.kJ / units.mol,
+    "kJ/mol/nm": 0.1 * units.kJ / units.mol,
+    "meV/A": 1e-3,
+}
 
 
 def preflight(run: Run, model: nn.Module, adapter: str, fresh: bool) -> None:
@@ -46,6 +58,7 @@ def preflight(run: Run, model: nn.Module, adapter: str, fresh: bool) -> None:
         logging.info("equitune: identity at start: |dE| <= %.2e eV, |dF| <= %.2e eV/A", de, df)
         _require_equal(base, adapted, "the adapted model differs from its base before training")
     _dry_merge(model, adapter, batch)
+    _force_units(batch, adapted)
     _energy_references(batch, adapted)
 
 
@@ -72,6 +85,27 @@ def _dry_merge(model: nn.Module, adapter: str, batch: evaluation.Batch) -> None:
     merged = evaluation.energy_forces(merge_lora(trial), batch)
     _require_equal(unmerged, merged, "the merged model differs from the adapted one")
     logging.info("equitune: dry-run merge: |dE| <= %.2e eV, |dF| <= %.2e eV/A", *_largest(unmerged, merged))
+
+
+def _force_units(batch: evaluation.Batch, predicted: evaluation.Prediction) -> None:
+    """Labels that follow the base's forces at a scale no level of theory explains are in other units."""
+    label, model = batch.forces.reshape(-1).double(), predicted.forces.reshape(-1).double()
+    norms = float(label.norm() * model.norm())
+    if not norms or not torch.isfinite(label).all():
+        return
+    correlation, slope = float(label @ model) / norms, float(label @ model) / float(model @ model)
+    logging.info("equitune: label against model forces: correlation %.3f, slope %.3g", correlation, slope)
+    if correlation < -_UNIT_CORRELATION:
+        raise SettingsError(
+            f"--train_file: force labels are opposite to the base model's forces (correlation {correlation:.2f}); "
+            "expected forces, these look like energy gradients; change their sign"
+        )
+    if correlation > _UNIT_CORRELATION and not 1 / _UNIT_SLOPE < slope < _UNIT_SLOPE:
+        unit = min(_FORCE_UNITS, key=lambda u: abs(math.log(slope * _FORCE_UNITS[u])))
+        raise SettingsError(
+            f"--train_file: force labels are {slope:.3g} times the base model's forces, correlation "
+            f"{correlation:.2f}; expected eV/A, these look like {unit}; convert forces and energies to eV/A and eV"
+        )
 
 
 def _energy_references(batch: evaluation.Batch, predicted: evaluation.Prediction) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["describe_base", "elements", "embedded_base", "load_base", "prepare_base", "save_base"]
+__all__ = ["describe_base", "elements", "embedded_base", "load_base", "prepare_base", "save_base", "select_head"]
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "organic_small"
 
@@ -99,6 +99,26 @@ def prepare_base(foundation: nn.Module, metadata: Mapping[str, Any]) -> nn.Modul
             buffer.copy_(torch.tensor(energies, dtype=buffer.dtype).reshape(buffer.shape))
     prepared: nn.Module = model
     return prepared
+
+
+def select_head(model: nn.Module, head: str | None) -> nn.Module | None:
+    """The single-head model that ``mace_run_train --foundation_head`` starts from.
+
+    Args:
+        model: a MACE model; not changed.
+        head: head to keep; None takes the first that is not the replay head, as upstream does.
+
+    Returns:
+        a new model with that head, or None when the model has one head only or lacks the head.
+    """
+    heads = list(getattr(model, "heads", []))
+    if len(heads) < 2 or (head is not None and head not in heads):
+        return None
+    from mace.tools.scripts_utils import remove_pt_head
+
+    with _default_dtype(next(model.parameters()).dtype):
+        selected: nn.Module = remove_pt_head(model, head)
+    return selected
 
 
 def save_base(model: nn.Module, stem: str | os.PathLike[str], card: Mapping[str, Any] | None = None) -> None:

@@ -12,6 +12,7 @@ TESTED = "0.3.16"
 
 # module -> name -> leading parameters that we pass or read
 EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
+    "mace.data.utils": {"estimate_e0s_from_foundation": ("foundation_model",)},
     "mace.tools.arg_parser": {"build_default_arg_parser": ()},
     "mace.tools.arg_parser_tools": {"check_args": ("args",)},
     "mace.tools.checkpoint": {
@@ -29,6 +30,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "mace.tools.model_script_utils": {
         "configure_model": ("args", "train_loader", "atomic_energies", "model_foundation", "heads", "z_table"),
     },
+    "mace.tools.distributed_tools": {"init_distributed": ("args",)},
     "mace.tools.finetuning_utils": {"load_foundations_elements": ("model", "model_foundations", "table")},
     "mace.modules.lora": {"inject_LoRAs": ("model", "rank", "alpha"), "merge_lora_weights": ("model",)},
 }

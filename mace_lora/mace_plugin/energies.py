@@ -34,7 +34,7 @@ def restore_energy_references(model: Any, requested: Any, elements: Collection[i
     error = float((buffer - wanted).abs().max())
     if error <= 1e-6:
         return False
-    logging.warning(
+    logging.info(
         "equitune: upstream replaced the requested E0s by the foundation model's (up to %.6g eV apart); restored", error
     )
     buffer.copy_(wanted)

@@ -18,12 +18,14 @@ class Batch:
     Attributes:
         graph: keyword tensors for the model's forward.
         energy: labels (frames,) in eV.
+        forces: labels (atoms, 3) in eV/Å; zero where a frame has none.
         atoms: number of atoms (frames,).
         labelled: whether the frame has an energy label (frames,); upstream fills in zeros.
     """
 
     graph: dict[str, Any]
     energy: torch.Tensor
+    forces: torch.Tensor
     atoms: torch.Tensor
     labelled: torch.Tensor
 
@@ -58,7 +60,7 @@ def batch_of(dataset: Any, frames: int, device: torch.device, max_atoms: int = 2
     batch = torch_geometric.Batch.from_data_list(items).to(device)
     atoms = batch.ptr[1:] - batch.ptr[:-1]
     labelled = batch.energy_weight.detach().reshape(-1) != 0
-    return Batch(batch.to_dict(), batch.energy.detach().reshape(-1), atoms, labelled)
+    return Batch(batch.to_dict(), batch.energy.detach().reshape(-1), batch.forces.detach(), atoms, labelled)
 
 
 def energy_forces(model: nn.Module, batch: Batch) -> Prediction:

@@ -55,19 +55,34 @@ def check_files(args: argparse.Namespace) -> None:
             continue
         frames = ase.io.read(path, index=":")
         assert isinstance(frames, list)
-        labelled = 0
+        energies = forces = 0
         for index, atoms in enumerate(frames):
-            labelled += _check_frame(atoms, args, f"--{flag}: {path} frame {index} ({atoms.get_chemical_formula()})")
-        if not labelled and flag != "test_file":
-            keys = sorted({*frames[0].info, *frames[0].arrays} - {"numbers", "positions"}) if frames else []
-            raise SettingsError(
-                f"--{flag}: {path} has no energies under --energy_key={args.energy_key} and no forces under "
-                f"--forces_key={args.forces_key}; its first frame has {keys}"
-            )
+            where = f"--{flag}: {path} frame {index} ({atoms.get_chemical_formula()})"
+            energy, force = _check_frame(atoms, args, where)
+            energies, forces = energies + energy, forces + force
+        if flag != "test_file":
+            _check_labelled(args, f"--{flag}: {path}", frames, energies, forces)
 
 
-def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> bool:
-    """Check one frame; returns whether it has a label."""
+def _check_labelled(args: argparse.Namespace, where: str, frames: list[ase.Atoms], energies: int, forces: int) -> None:
+    """Both kinds of labels must be there somewhere in the file, unless their loss weight is zero."""
+    first = frames[0] if frames else ase.Atoms()
+    results = first.calc.results if first.calc is not None else {}
+    keys = sorted({*first.info, *first.arrays, *results} - {"numbers", "positions"})
+    missing = []
+    if not energies and args.energy_weight > 0:
+        missing.append(f"no energies under --energy_key={args.energy_key}")
+    if not forces and args.forces_weight > 0:
+        missing.append(f"no forces under --forces_key={args.forces_key}")
+    if missing:
+        raise SettingsError(
+            f"{where} has {' and '.join(missing)}; its first frame has {keys}; name the right key, or set the weight "
+            "of what is missing (--energy_weight, --forces_weight) to 0"
+        )
+
+
+def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> tuple[bool, bool]:
+    """Check one frame; returns whether it has an energy and forces."""
     if not np.isfinite(atoms.positions).all():
         raise SettingsError(f"{where}: positions contain NaN or infinity; remove the frame")
     energy, forces = _label(atoms, "energy", args.energy_key), _label(atoms, "forces", args.forces_key)
@@ -92,7 +107,7 @@ def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> bool
                 f"{where}: force label of {largest:.4g} eV/A is absurd (limit {MAX_FORCE:g}); expected eV/A, check the "
                 "units, or remove the frame"
             )
-    return energy is not None or forces is not None
+    return energy is not None, forces is not None
 
 
 def _label(atoms: ase.Atoms, kind: str, key: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoints
+from . import checkpoints, distributed
 from .contract import require
 from .energies import restore_energy_references
 from .protocol import Run, SettingsError, current_run, load_plugins, run_training, start_run
@@ -26,6 +26,7 @@ __all__ = [
     "patch_arg_parser",
     "patch_arg_parser_tools",
     "patch_checkpoint",
+    "patch_data_utils",
     "patch_lora",
     "patch_model_script_utils",
     "patch_scripts_utils",
@@ -80,8 +81,21 @@ def patch_arg_parser_tools(module: ModuleType) -> None:
         start_run(run)
         for plugin in run.plugins:
             _or_exit(plugin.check_args, run)
+        if run.active():
+            distributed.prepare(args)
         _or_exit(checkpoints.check_restart, run)
         return args, messages
+
+
+def patch_data_utils(module: ModuleType) -> None:
+    """``--E0s=estimated``: upstream fails where the foundation's dtype is not ``--default_dtype``."""
+
+    @_wrap(module, "estimate_e0s_from_foundation")
+    def estimate(original: Callable[..., Any], foundation_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_default_dtype()
+        if current_run() is not None and next(foundation_model.parameters()).dtype != dtype:
+            foundation_model = copy.deepcopy(foundation_model).to(dtype)
+        return original(foundation_model, *args, **kwargs)
 
 
 def patch_model_script_utils(module: ModuleType) -> None:

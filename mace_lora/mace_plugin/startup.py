@@ -23,6 +23,7 @@ KILL_SWITCH = "EQUITUNE_DISABLE"
 
 # defining module of MACE -> function of mace_lora.mace_plugin.patches that patches it
 PATCHED = {
+    "mace.data.utils": "patch_data_utils",
     "mace.tools.arg_parser": "patch_arg_parser",
     "mace.tools.arg_parser_tools": "patch_arg_parser_tools",
     "mace.tools.checkpoint": "patch_checkpoint",

@@ -21,10 +21,21 @@ def run(job, work, monkeypatch, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rank": 0}, r"--lora_\*: rank: expected an integer >= 1, got 0"),
-        ({"lora_alpha": -1.0}, r"alpha: expected a positive number, got -1.0"),
-        ({"lora_rank_pattern": "0e=3"}, r"rank pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got '0e=3'"),
-        ({"lora_targets": "("}, r"targets: '\(' is not a regular expression"),
+        ({"lora_rank": 0}, r"--lora_rank: expected an integer >= 1, got 0"),
+        ({"lora_alpha": -1.0}, r"--lora_alpha: expected a positive number, got -1.0"),
+        ({"lora_rank_pattern": "0e=3"}, r"--lora_rank_pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got '0e=3'"),
+        ({"lora_targets": "("}, r"--lora_targets: '\(' is not a regular expression"),
+        ({"foundation_model": "nowhere.model"}, r"--foundation_model: no file nowhere.model"),
+        ({"lora": None}, r"--lora_rank: has no effect without --lora; add --lora or drop it"),
+        (
+            {"lora_backend": "mace", "lora_dense": "none"},
+            r"--lora_dense: MACE's own LoRA does not know it; drop it or --lora_backend=mace",
+        ),
+        (
+            {"lora_init_adapter": "somewhere"},
+            r"--lora_rank: the adapter given by --lora_init_adapter brings its own; drop one of the two flags",
+        ),
+        ({"energy_key": "E"}, r"has no energies under --energy_key=E; its first frame has .*REF_energy"),
         ({"foundation_model": None}, r"--lora: expected a base model, got none; give --foundation_model"),
         ({"foundation_filter_elements": "False"}, r"re-initialises the readouts, and --lora would freeze"),
         ({"freeze": 5}, r"--freeze 5: --lora already freezes the base; drop one of the two"),
@@ -33,7 +44,7 @@ def run(job, work, monkeypatch, **changes):
         ({"train_file": "nowhere.xyz"}, r"--train_file: no file nowhere.xyz"),
         ({"energy_key": "E", "forces_key": "F"}, r"has no energies under --energy_key=E and no forces under"),
         (
-            {"lora_init_adapter": "nowhere"},
+            {"lora_init_adapter": "nowhere", "lora_rank": None},
             r"--lora_init_adapter: adapter nowhere: expected a file adapter_config.json",
         ),
         ({"lora_targets": "nothing_like_this"}, r"--lora: targets: no layer matches"),
@@ -76,6 +87,31 @@ def spoil_force(atoms):
 
 def spoil_units(atoms):
     atoms.arrays["REF_forces"] *= 1000
+
+
+def hartree(atoms):
+    atoms.info["REF_energy"] /= 27.211386
+    atoms.arrays["REF_forces"] /= 51.422067
+
+
+def gradients(atoms):
+    atoms.arrays["REF_forces"] *= -1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (hartree, r"force labels are 0.0\d+ times the base model's forces, .* look like Hartree/Bohr; convert"),
+        (gradients, r"force labels are opposite to the base model's forces .* look like energy gradients"),
+    ],
+)
+def test_consistent_but_wrong_units(job, tmp_path, monkeypatch, spoil, message):
+    frames = dft_frames("train", 10)
+    for atoms in frames:
+        spoil(atoms)
+    ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
+    with pytest.raises(SystemExit, match=message):
+        run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "bad.xyz", valid_file=tmp_path / "bad.xyz")
 
 
 def spoil_positions(atoms):
@@ -123,7 +159,7 @@ def test_adapter_of_another_base(job, tmp_path, monkeypatch):
     apply_lora(model, LoraConfig(rank=2))
     save_adapter(model, tmp_path / "other")
     with pytest.raises(SystemExit, match=r"--lora_init_adapter: it was trained on another base model: expected finger"):
-        run(job, tmp_path / "w", monkeypatch, lora_init_adapter=tmp_path / "other")
+        run(job, tmp_path / "w", monkeypatch, lora_init_adapter=tmp_path / "other", lora_rank=None)
 
 
 def test_truncated_adapter(job, tmp_path, monkeypatch):
@@ -132,7 +168,7 @@ def test_truncated_adapter(job, tmp_path, monkeypatch):
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(SystemExit, match=r"--lora_init_adapter: .* is corrupt or truncated"):
-        run(job, tmp_path / "w", monkeypatch, lora_init_adapter=folder)
+        run(job, tmp_path / "w", monkeypatch, lora_init_adapter=folder, lora_rank=None)
 
 
 def test_energy_references_of_another_level_are_a_warning(job, tmp_path, monkeypatch, caplog):

@@ -138,7 +138,7 @@ def test_yaml_config_and_flags(job, tmp_path):
 
 def test_start_from_an_adapter(job, finished, tmp_path):
     work, _ = finished
-    log = train(job, tmp_path, lora_init_adapter=work / "run-adapter", max_num_epochs=1, lr=1e-9).stdout
+    log = train(job, tmp_path, lora_init_adapter=work / "run-adapter", lora_rank=None, max_num_epochs=1, lr=1e-9).stdout
     assert "identity at start" not in log
     first, second = (read_adapter(w / "run-adapter").tensors for w in (work, tmp_path))
     for name in first:

@@ -58,10 +58,10 @@ def test_rank_pattern():
 
 @pytest.mark.parametrize("text", ["0e", "0e=3", "0e:x", "e0:3", "0e:-1"])
 def test_bad_rank_pattern(text):
-    with pytest.raises(ValueError, match=r"rank pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got"):
+    with pytest.raises(ValueError, match=r"rank_pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got"):
         parse_rank_pattern(text)
 
 
 def test_irrep_given_twice():
-    with pytest.raises(ValueError, match=r"rank pattern: irrep '0e' is given twice"):
+    with pytest.raises(ValueError, match=r"rank_pattern: irrep '0e' is given twice"):
         parse_rank_pattern("0e:1,0e:2")

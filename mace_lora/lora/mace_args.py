@@ -1,0 +1,110 @@
+"""Settings of ``mace_run_train --lora`` from the command line, and what they must not be combined with."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mace_lora.mace_plugin.protocol import SettingsError
+
+from .config import LoraConfig, parse_rank_pattern
+
+__all__ = ["config_from", "refuse_conflicts", "refuse_unused", "resolve_defaults"]
+
+# Flags that describe the adapter; an adapter given by --lora_init_adapter brings its own values.
+_SHAPE = ("lora_rank", "lora_alpha", "lora_preset", "lora_rank_pattern", "lora_targets", "lora_dense", "lora_init")
+_OTHER = ("lora_init_adapter", "lora_weight_decay")
+DEFAULTS: dict[str, Any] = {
+    "lora_rank": 16, "lora_preset": "degree_parity", "lora_rank_pattern": "", "lora_dense": "preset",
+    "lora_init": "elora", "lora_weight_decay": 0.0,
+}  # fmt: skip
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Flags that would have no effect; to be called before defaults are filled in.
+
+    Raises:
+        SettingsError: ``--lora_*`` without ``--lora``, settings of our LoRA with MACE's own, or
+            settings that contradict ``--lora_init_adapter``.
+    """
+    given = [f for f in (*_SHAPE, *_OTHER) if getattr(args, f) is not None]
+    if not args.lora and given:
+        raise SettingsError(f"--{given[0]}: has no effect without --lora; add --lora or drop it")
+    ours = [f for f in given if f not in ("lora_rank", "lora_alpha")]
+    if args.lora and args.lora_backend == "mace" and ours:
+        raise SettingsError(f"--{ours[0]}: MACE's own LoRA does not know it; drop it or --lora_backend=mace")
+    shape = [f for f in given if f in _SHAPE]
+    if args.lora_init_adapter is not None and shape:
+        raise SettingsError(
+            f"--{shape[0]}: the adapter given by --lora_init_adapter brings its own; drop one of the two flags"
+        )
+
+
+def resolve_defaults(args: argparse.Namespace) -> None:
+    """Fill in the defaults of unset flags, MACE's own ones for ``--lora_backend=mace``."""
+    if args.lora_backend == "mace":
+        args.lora_rank = 4 if args.lora_rank is None else args.lora_rank
+        args.lora_alpha = 1.0 if args.lora_alpha is None else args.lora_alpha
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.lora_alpha is None:
+        args.lora_alpha = float(args.lora_rank)
+
+
+def config_from(args: argparse.Namespace) -> LoraConfig:
+    """LoRA settings from the command line.
+
+    Raises:
+        SettingsError: a value out of range; the flag is named.
+    """
+    dense: tuple[str, ...] | None = None
+    if args.lora_dense == "none":
+        dense = ()
+    elif args.lora_dense != "preset":
+        dense = tuple(_split(args.lora_dense))
+    try:
+        return LoraConfig(
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            preset=args.lora_preset,
+            rank_pattern=parse_rank_pattern(args.lora_rank_pattern),
+            targets=None if args.lora_targets is None else tuple(_split(args.lora_targets)),
+            dense=dense,
+            init=args.lora_init,
+        )
+    except ValueError as err:  # its message starts with the name of the setting
+        raise SettingsError(f"--lora_{err}") from err
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def refuse_conflicts(args: argparse.Namespace) -> None:
+    """Upstream options that cannot be combined with ``--lora``.
+
+    Raises:
+        SettingsError: the combination, why it fails and what to do.
+    """
+    base = args.foundation_model
+    if base is None:
+        raise SettingsError("--lora: expected a base model, got none; give --foundation_model")
+    if (os.sep in str(base) or str(base).endswith((".model", ".pt"))) and not Path(base).is_file():
+        raise SettingsError(f"--foundation_model: no file {base}")
+    if not args.foundation_filter_elements:
+        raise SettingsError(
+            "--foundation_filter_elements False: upstream then re-initialises the readouts, and --lora would freeze "
+            "random readouts; leave it True"
+        )
+    if args.freeze:
+        raise SettingsError(f"--freeze {args.freeze}: --lora already freezes the base; drop one of the two")
+    if args.enable_cueq or args.enable_oeq or args.only_cueq:
+        raise SettingsError(
+            "--enable_cueq/--enable_oeq/--only_cueq: upstream's conversion drops LoRA layers; train with --lora on the "
+            "e3nn backend and convert the merged model afterwards"
+        )
+    if args.model not in ("MACE", "ScaleShiftMACE"):
+        raise SettingsError(f"--model {args.model}: --lora supports MACE and ScaleShiftMACE")
