@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from mace_lora.console import MODEL_HELP, Dtype, console, model_from
+from mace_lora.evaluate.cli import evaluate
+from mace_lora.lora.cli import diff, tune
 
 app = typer.Typer(
     add_completion=False,
@@ -19,11 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantum accuracy from few quantum labels for MACE and NequIP.",
 )
-console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> None:
     """Entry point: a bad setting or file ends with its message, not a traceback."""
+    for category in (DeprecationWarning, UserWarning):  # inside torch and e3nn, not the user's to act on
+        warnings.filterwarnings("ignore", category=category)
     try:
         app()
     except (ValueError, FileNotFoundError) as err:
@@ -110,62 +116,83 @@ def _installed(name: str) -> bool:
 @app.command("export-base")
 def export_base(
     output: Annotated[Path, typer.Argument(help="file to write, e.g. organic.model")],
-    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float64",
+    dtype: Annotated[Dtype, typer.Option(help="precision of the weights; MACE's default is float64")] = "float64",
 ) -> None:
-    """Write the embedded organic base (H, C, N, O) as a .model for --foundation_model.
+    """Write the embedded organic base (H C N O F S) as a .model for --foundation_model.
 
     The .model is MACE's own format, a pickle: load such files only from sources you trust.
     """
     import torch
 
-    from mace_lora.atomic import atomic_path
     from mace_lora.mace_plugin.base_model import embedded_base
+    from mace_lora.mace_plugin.convert import save_model
 
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"--dtype: expected float32 or float64, got {dtype!r}")
-    model = embedded_base(getattr(torch, dtype))
-    with atomic_path(output) as temporary:
-        torch.save(model, temporary)
+    save_model(embedded_base(getattr(torch, dtype)), output)
     console.print(f"base model written to {output}")
+
+
+@app.command("convert-model")
+def convert(
+    source: Annotated[Path, typer.Argument(help="X.model (a pickle: only from sources you trust) or X.safetensors")],
+    target: Annotated[Path, typer.Argument(help="Y.safetensors (writes Y.json too) or Y.model")],
+) -> None:
+    """Convert a MACE .model to safetensors + JSON, or back; the result is verified.
+
+    The pair needs no unpickling and crosses between e3nn versions where that is exact (models of
+    natural parity); where it is not, loading is refused.
+    """
+    from mace_lora.mace_plugin.convert import convert_model
+
+    files = convert_model(source, target)
+    console.print(f"written: {', '.join(map(str, files))}")
 
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="base or foundation .model (a pickle: only from sources you trust)")],
+    base: Annotated[Path, typer.Argument(help=MODEL_HELP)],
     adapter: Annotated[Path, typer.Argument(help="adapter folder")],
     output: Annotated[Path, typer.Option("--output", "-o", help="stock MACE .model to write")],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="precision of the merged model; default that of the training")
+    ] = None,
 ) -> None:
     """Fold an adapter into its base: a stock MACE .model that needs no equitune."""
-    from mace_lora.atomic import atomic_path
-    from mace_lora.lora.adapter import load_adapter, read_adapter
-    from mace_lora.lora.inject import merge_lora
-
-    read_adapter(adapter)  # before the slow part
-    if not base.is_file():
-        raise FileNotFoundError(f"no file {base}")
-    import mace  # noqa: F401  before e3nn, which the .model needs
     import torch
 
-    model = merge_lora(load_adapter(torch.load(base, map_location="cpu", weights_only=False), adapter))
-    with atomic_path(output) as temporary:
-        torch.save(model, temporary)
-    console.print(f"merged model written to {output}")
+    from mace_lora.mace_plugin.convert import save_model
+
+    model = model_from(base, adapter)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    save_model(model, output)
+    precision = str(next(model.parameters()).dtype).removeprefix("torch.")
+    console.print(f"merged model ({precision}) written to {output}")
 
 
 @app.command()
-def info(path: Annotated[Path, typer.Argument(help="adapter folder")]) -> None:
-    """Show what an adapter is: ranks, parameters, base fingerprint, elements, provenance."""
-    from mace_lora.lora.adapter import read_adapter
+def info(
+    path: Annotated[Path, typer.Argument(help="adapter folder, .model, safetensors + JSON base, or 'embedded'")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show what an adapter, base or model is: fingerprint, elements, ranks, parameters, errors, provenance."""
+    from mace_lora.lora.info import describe_adapter, describe_model, is_adapter
 
-    saved = read_adapter(path)
+    if is_adapter(path):
+        content = describe_adapter(path)
+    else:
+        content = describe_model(model_from(path))
+    if as_json:
+        print(json.dumps(content, indent=1, default=str))
+        return
     table = Table("", "", show_header=False)
-    config = saved.config
-    values = sum(t.numel() for t in saved.tensors.values())
-    table.add_row("preset, rank, alpha", f"{config.preset}, {config.rank}, {config.alpha:g}")
-    table.add_row("modules, parameters", f"{len(saved.plan)}, {values:,}")
-    for key, value in [*saved.metadata.items(), *saved.run.items()]:
-        table.add_row(key, str(value))
+    for key, value in content.items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
+
+
+for command in (evaluate, diff):
+    app.command()(command)
+app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tune)
 
 
 if __name__ == "__main__":

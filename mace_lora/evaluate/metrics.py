@@ -1,33 +1,40 @@
-"""Errors of a model on labelled frames."""
+"""Errors of a model on labelled frames, with bootstrap intervals over frames."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ase
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Errors", "Predictions", "errors", "predict"]
+__all__ = ["Errors", "Predictions", "errors", "intervals", "per_element", "predict", "stress_errors"]
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels and predictions of the same frames.
+    """Labels and predictions of the same frames; a label that a frame lacks is NaN.
 
     Attributes:
         atoms: number of atoms (frames,).
         energy_label, energy: (frames,) in eV.
         forces_label, forces: (all atoms, 3) in eV/Å.
+        numbers: atomic numbers (all atoms,).
+        stress_label, stress: (frames, 6) Voigt in eV/Å^3, or None where no frame has a label.
     """
 
     atoms: NDArray[np.int64]
-    energy_label: NDArray[np.float64]
-    energy: NDArray[np.float64]
-    forces_label: NDArray[np.float64]
-    forces: NDArray[np.float64]
+    energy_label: Floats
+    energy: Floats
+    forces_label: Floats
+    forces: Floats
+    numbers: NDArray[np.int64]
+    stress_label: Floats | None = None
+    stress: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -41,33 +48,69 @@ class Errors:
 
 
 def predict(
-    calculator: Any, frames: Sequence[ase.Atoms], energy_key: str = "REF_energy", forces_key: str = "REF_forces"
+    calculator: Any,
+    frames: Sequence[ase.Atoms],
+    energy_key: str = "REF_energy",
+    forces_key: str = "REF_forces",
+    stress_key: str = "REF_stress",
+    progress: Any = None,
 ) -> Predictions:
     """Evaluate an ASE calculator on labelled frames.
 
     Args:
         calculator: any ASE calculator with energies and forces.
-        frames: structures with labels in eV and eV/Å.
-        energy_key: key of the energy label in ``info``.
-        forces_key: key of the force labels in ``arrays``.
+        frames: structures with labels in eV, eV/Å and eV/Å^3; each needs an energy or forces.
+        energy_key, stress_key: keys in ``info``; a key ASE knows itself (``energy``, ``stress``) is
+            also looked for in the frame's attached results.
+        forces_key: key in ``arrays``, or ``forces`` of the attached results.
+        progress: function that wraps an iterable, e.g. ``tqdm``.
 
     Raises:
-        ValueError: a frame without one of the labels; its index is named.
+        ValueError: no frames, or a frame without any label; its index is named.
     """
-    energies, forces = [], []
-    for index, frame in enumerate(frames):
-        if energy_key not in frame.info or forces_key not in frame.arrays:
-            raise ValueError(f"frame {index}: expected labels {energy_key} and {forces_key}, got {sorted(frame.info)}")
+    if not frames:
+        raise ValueError("frames: expected at least one labelled frame, got none")
+    labels = [_labels(i, f, energy_key, forces_key, stress_key) for i, f in enumerate(frames)]
+    with_stress = any(np.isfinite(s).all() for _, _, s in labels)
+    energies, forces, stresses = [], [], []
+    items: Iterable[ase.Atoms] = progress(frames) if progress is not None else frames
+    for frame, (_, _, stress) in zip(items, labels, strict=True):
         atoms = ase.Atoms(frame.numbers, positions=frame.positions, cell=frame.cell, pbc=frame.pbc)
         atoms.calc = calculator
         energies.append(atoms.get_potential_energy())
         forces.append(atoms.get_forces())
+        stresses.append(atoms.get_stress() if np.isfinite(stress).all() else np.full(6, np.nan))
     return Predictions(
         np.array([len(f) for f in frames]),
-        np.array([float(f.info[energy_key]) for f in frames]),
+        np.array([e for e, _, _ in labels]),
         np.array(energies, dtype=float),
-        np.concatenate([f.arrays[forces_key] for f in frames]),
+        np.concatenate([f for _, f, _ in labels]),
         np.concatenate(forces),
+        np.concatenate([f.numbers for f in frames]),
+        np.array([s for _, _, s in labels]) if with_stress else None,
+        np.array(stresses) if with_stress else None,
+    )
+
+
+def _labels(index: int, frame: ase.Atoms, energy_key: str, forces_key: str, stress_key: str) -> tuple[Any, Any, Any]:
+    """Energy, forces (atoms, 3) and stress (6,) of one frame; NaN where missing."""
+    results = frame.calc.results if frame.calc is not None else {}
+    energy = frame.info.get(energy_key, results.get(energy_key))
+    forces = frame.arrays.get(forces_key, results.get(forces_key))
+    stress = frame.info.get(stress_key, results.get(stress_key))
+    if energy is None and forces is None:
+        raise ValueError(
+            f"frame {index}: expected labels {energy_key} and {forces_key}, got "
+            f"{sorted({*frame.info, *frame.arrays, *results} - {'numbers', 'positions'})}"
+        )
+    voigt = np.full(6, np.nan)
+    if stress is not None:
+        array = np.asarray(stress, dtype=float)
+        voigt = array.reshape(-1) if array.size == 6 else array.reshape(3, 3)[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+    return (
+        np.nan if energy is None else float(energy),
+        np.full((len(frame), 3), np.nan) if forces is None else np.asarray(forces, dtype=float),
+        voigt,
     )
 
 
@@ -75,9 +118,74 @@ def errors(p: Predictions) -> Errors:
     """Mean absolute and root-mean-square errors."""
     de = 1e3 * (p.energy - p.energy_label) / p.atoms
     df = 1e3 * (p.forces - p.forces_label)
-    return Errors(
-        float(np.abs(de).mean()),
-        float(np.sqrt((de**2).mean())),
-        float(np.abs(df).mean()),
-        float(np.sqrt((df**2).mean())),
-    )
+    return Errors(_mae(de), _rmse(de), _mae(df), _rmse(df))
+
+
+def _mae(x: Floats) -> float:
+    return float(np.nanmean(np.abs(x))) if np.isfinite(x).any() else float("nan")
+
+
+def _rmse(x: Floats) -> float:
+    return float(np.sqrt(np.nanmean(x**2))) if np.isfinite(x).any() else float("nan")
+
+
+def per_element(p: Predictions) -> dict[int, tuple[int, float, float]]:
+    """Atomic number -> (atoms with force labels, MAE, RMSE of force components in meV/Å)."""
+    df = 1e3 * (p.forces - p.forces_label)
+    labelled = np.isfinite(df).all(axis=1)
+    out = {}
+    for z in np.unique(p.numbers):
+        rows = df[labelled & (p.numbers == z)]
+        if len(rows):
+            out[int(z)] = (len(rows), _mae(rows), _rmse(rows))
+    return out
+
+
+def stress_errors(p: Predictions) -> tuple[float, float] | None:
+    """MAE and RMSE of the stress components in meV/Å^3, or None without labels."""
+    if p.stress is None or p.stress_label is None:
+        return None
+    ds = 1e3 * (p.stress - p.stress_label)
+    return _mae(ds), _rmse(ds)
+
+
+def intervals(p: Predictions, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[Any, Any]]:
+    """Bootstrap intervals of :func:`errors`, resampling whole frames.
+
+    Args:
+        p: predictions.
+        level: confidence level.
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        name of the error -> (low, high); NaN with fewer than two labelled frames.
+    """
+    from scipy.stats import bootstrap
+
+    de = 1e3 * (p.energy - p.energy_label) / p.atoms
+    per_frame = np.split(1e3 * (p.forces - p.forces_label), np.cumsum(p.atoms)[:-1])
+    parts = {
+        "mae_e": (np.abs(de), np.ones_like(de)),
+        "rmse_e": (de**2, np.ones_like(de)),
+        "mae_f": (np.array([np.abs(f).sum() for f in per_frame]), 3.0 * p.atoms),
+        "rmse_f": (np.array([(f**2).sum() for f in per_frame]), 3.0 * p.atoms),
+    }
+    out = {}
+    for name, (total, count) in parts.items():
+        known = np.isfinite(total)
+        if known.sum() < 2:
+            out[name] = (float("nan"), float("nan"))
+            continue
+        result = bootstrap(
+            (total[known], count[known]), _ratio, paired=True, vectorized=True, n_resamples=resamples,
+            confidence_level=level, method="percentile", rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
+        low, high = float(result.low), float(result.high)
+        out[name] = (low**0.5, high**0.5) if name.startswith("rmse") else (low, high)
+    assert out.keys() == asdict(errors(p)).keys()
+    return out
+
+
+def _ratio(total: Any, count: Any, axis: int = -1) -> Any:
+    return total.sum(axis=axis) / count.sum(axis=axis)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from mace_lora.atomic import atomic_path
 
 from .metrics import Predictions
@@ -24,17 +26,21 @@ def parity(predictions: Mapping[str, Predictions], path: str | os.PathLike[str])
     figure = Figure(figsize=(9, 4 * len(predictions)), layout="constrained")
     axes = figure.subplots(len(predictions), 2, squeeze=False)
     for row, (title, p) in zip(axes, predictions.items(), strict=True):
-        energy, label = p.energy / p.atoms, p.energy_label / p.atoms
-        middle = label.mean()
+        known = np.isfinite(p.energy_label)
+        energy, label = (p.energy / p.atoms)[known], (p.energy_label / p.atoms)[known]
+        middle = label.mean() if label.size else 0.0
+        forces_known = np.isfinite(p.forces_label)
         pairs = [
             (1e3 * (label - middle), 1e3 * (energy - middle), "energy − mean (meV/atom)"),
-            (p.forces_label.ravel(), p.forces.ravel(), "force component (eV/Å)"),
+            (p.forces_label[forces_known], p.forces[forces_known], "force component (eV/Å)"),
         ]
         for axis, (x, y, name) in zip(row, pairs, strict=True):
+            axis.set(xlabel=f"reference {name}", ylabel=f"model {name}", title=title)
+            if not x.size:
+                continue
             axis.scatter(x, y, s=6, alpha=0.5, linewidths=0)
             low, high = min(x.min(), y.min()), max(x.max(), y.max())
             axis.plot([low, high], [low, high], color="0.4", linewidth=0.8)
-            axis.set(xlabel=f"reference {name}", ylabel=f"model {name}", title=title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 

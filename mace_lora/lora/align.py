@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .blocks import ModuleSpec
+from .blocks import ModuleSpec, block_matrices
 from .inject import adapter_layers, adapter_names, disabled_adapters
 from .layers import AdapterLayer
 
@@ -73,21 +73,7 @@ def _accumulate(
     sums: dict[tuple[str, str], torch.Tensor], name: str, layer: AdapterLayer, gradients: dict[str, torch.Tensor]
 ) -> None:
     """Add the normalised G G^T (m, m), float64, of every block of one layer."""
-    matrices: dict[str, torch.Tensor] = {}
-    shapes = {b.name: (b.m, b.n) for b in layer.spec.blocks}
-    for param in layer.spec.params:
-        gradient = gradients.get(param.name)
-        if gradient is None:
-            continue
-        flat, start = gradient.detach().reshape(-1).double(), 0
-        for piece in param.pieces:
-            matrix = matrices.setdefault(piece.block, flat.new_zeros(shapes[piece.block]))
-            tile = flat[start : start + piece.numel]
-            start += piece.numel
-            rows, cols = piece.rows[1] - piece.rows[0], piece.cols[1] - piece.cols[0]
-            tile = tile.reshape(cols, rows).T if param.transpose else tile.reshape(rows, cols)
-            matrix[slice(*piece.rows), slice(*piece.cols)] += tile
-    for block, matrix in matrices.items():
+    for block, matrix in block_matrices(layer.spec, gradients).items():
         norm = matrix.square().sum()
         if not torch.isfinite(norm):
             raise ValueError(f"losses: the gradient of {name} is not finite; check the labels")

@@ -10,13 +10,13 @@ upstream packages' own describers, MACE's symmetric contraction.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-__all__ = ["Block", "ModuleSpec", "ParamSpec", "Piece", "describe", "is_kind"]
+__all__ = ["Block", "ModuleSpec", "ParamSpec", "Piece", "block_matrices", "describe", "is_kind"]
 
 # Modules with a ``describe(module, parent)`` for layers that only an upstream package defines.
 # They are duck-typed and import nothing from their upstream.
@@ -120,6 +120,32 @@ def describe(module: torch.nn.Module, parent: torch.nn.Module | None = None) -> 
         if found is not None:
             return found
     return None
+
+
+def block_matrices(spec: ModuleSpec, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cut parameters (or their gradients or changes) into the matrices of their blocks.
+
+    Args:
+        spec: description of the module.
+        values: parameter name -> tensor of the parameter's shape; missing ones count as absent.
+
+    Returns:
+        block name -> (m, n) float64 matrix, zero where the instruction list leaves a tile out.
+    """
+    shapes = {b.name: (b.m, b.n) for b in spec.blocks}
+    matrices: dict[str, torch.Tensor] = {}
+    for param in spec.params:
+        if param.name not in values:
+            continue
+        flat, start = values[param.name].detach().reshape(-1).double(), 0
+        for piece in param.pieces:
+            matrix = matrices.setdefault(piece.block, flat.new_zeros(shapes[piece.block]))
+            tile = flat[start : start + piece.numel]
+            start += piece.numel
+            rows, cols = piece.rows[1] - piece.rows[0], piece.cols[1] - piece.cols[0]
+            tile = tile.reshape(cols, rows).T if param.transpose else tile.reshape(rows, cols)
+            matrix[slice(*piece.rows), slice(*piece.cols)] += tile
+    return matrices
 
 
 def _whole_matrix(kind: str, weight: torch.Tensor, transpose: bool) -> ModuleSpec:

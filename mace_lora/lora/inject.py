@@ -59,7 +59,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(seen)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleSpec]]:
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleSpec]]:
     """Modules with adaptable weights, with the base module behind an existing adapter layer."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -98,7 +98,7 @@ def plan_lora(model: nn.Module, config: LoraConfig) -> list[ModulePlan]:
         ValueError: nothing matches, or the rank pattern names an irrep that the model lacks.
     """
     plans, irreps, names = [], set[str](), []
-    for name, module, spec in _candidates(model):
+    for name, module, spec in candidates(model):
         if spec.blocks or spec.dense:
             names.append(name)
         irreps.update(b.irrep for b in spec.blocks)
@@ -171,7 +171,7 @@ def apply_plan(
         raise ValueError(f"adapter_name: expected a name without dots, got {adapter_name!r}")
     if adapter_name in adapter_names(model):
         raise ValueError(f"adapter_name: the model already has an adapter {adapter_name!r}; choose another name")
-    specs = {name: spec for name, _, spec in _candidates(model)}
+    specs = {name: spec for name, _, spec in candidates(model)}
     model.requires_grad_(False)
     for plan in plans:
         layer = model.get_submodule(plan.name)

@@ -92,6 +92,11 @@ class LoraPlugin(TrainPlugin):
                 f"--train_file: element(s) Z = {missing} are missing in the base model {run.args.foundation_model}, "
                 f"which has Z = {sorted(known)}; choose a base that covers them, or train without --lora"
             )
+        if run.args.multiheads_finetuning:
+            logging.info(
+                "equitune: --lora keeps lr %g and the EMA settings of the command line in multi-head fine-tuning "
+                "(upstream would set lr 0.0001 and EMA decay 0.99999)", run.args.lr,
+            )  # fmt: skip
 
     def after_model(self, run: Run, model: nn.Module) -> nn.Module:
         config, start = run.state["lora_config"], run.state.get("lora_start")
@@ -158,12 +163,8 @@ class LoraPlugin(TrainPlugin):
 
 def _keep_learning_rate(args: argparse.Namespace) -> None:
     """Upstream's replay mode sets lr 1e-4 and EMA decay 0.99999, with which adapters hardly move."""
-    if args.multiheads_finetuning and args.pt_train_file is not None and not args.force_mh_ft_lr:
+    if args.multiheads_finetuning and not args.force_mh_ft_lr:
         args.force_mh_ft_lr = True
-        logging.info(
-            "equitune: --lora keeps lr %g and the EMA settings of the command line in multi-head fine-tuning "
-            "(upstream would set lr 0.0001 and EMA decay 0.99999)", args.lr,
-        )  # fmt: skip
 
 
 def _check_start(run: Run, saved: Mapping[str, Any], model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -14,8 +15,20 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["describe_base", "elements", "embedded_base", "load_base", "prepare_base", "save_base", "select_head"]
+from .convention import check_convention, sign_dependent_paths, wigner_3j_sign
 
+__all__ = [
+    "describe_base",
+    "elements",
+    "embedded_base",
+    "load_base",
+    "load_model",
+    "prepare_base",
+    "save_base",
+    "select_head",
+]
+
+_BESSEL = "radial_embedding.bessel_fn.bessel_weights"
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "organic_small"
 
 
@@ -134,11 +147,16 @@ def save_base(model: nn.Module, stem: str | os.PathLike[str], card: Mapping[str,
 
     from mace_lora.atomic import atomic_path, write_text
 
+    if type(model).__name__ != "ScaleShiftMACE":
+        raise ValueError(f"save_base: expected a ScaleShiftMACE, got a {type(model).__name__}")
     config = {k: _to_json(k, v) for k, v in extract_config_mace_model(model).items()}
+    convention = {"wigner_3j_sign": wigner_3j_sign(), "sign_dependent_paths": sign_dependent_paths(model)}
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
     with atomic_path(f"{os.fspath(stem)}.safetensors") as temporary:
         save_file(state, temporary)
-    write_text(f"{os.fspath(stem)}.json", json.dumps({"config": config, **(card or {})}, indent=1) + "\n")
+    write_text(
+        f"{os.fspath(stem)}.json", json.dumps({"config": config, "e3nn": convention, **(card or {})}, indent=1) + "\n"
+    )
 
 
 def load_base(stem: str | os.PathLike[str], dtype: torch.dtype | None = None) -> nn.Module:
@@ -153,16 +171,59 @@ def load_base(stem: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     from safetensors.torch import load_file
 
     content = json.loads(Path(f"{os.fspath(stem)}.json").read_text(encoding="utf-8"))
+    check_convention(content.get("e3nn", {}), os.fspath(stem))
     state = load_file(f"{os.fspath(stem)}.safetensors")
     with _default_dtype(dtype or torch.get_default_dtype()):
         model = modules.ScaleShiftMACE(**{k: _from_json(k, v) for k, v in content["config"].items()})
-        if any(n == "radial_embedding.bessel_fn.bessel_weights" for n, _ in model.named_buffers()):
+        fixed = any(n == _BESSEL for n, _ in model.named_buffers())
+        if fixed and content.get("trainable_bessel", True):
             # upstream turns the frequencies into a parameter when it loads a foundation model
             basis = model.radial_embedding.bessel_fn
             basis.bessel_weights = nn.Parameter(basis.bessel_weights)
+        # models saved by older versions lack these marks; the constructor sets them
+        state |= {k: v for k, v in model.state_dict().items() if k.endswith("_zeroed") and k not in state}
         model.load_state_dict(state, strict=True)
     loaded: nn.Module = model
     return loaded
+
+
+def load_model(source: str | os.PathLike[str], dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a MACE model from whatever the user names.
+
+    Args:
+        source: ``"embedded"``; a base of :func:`save_base` (``X``, ``X.json`` or ``X.safetensors``);
+            or a ``.model`` file, which is MACE's own pickle: only from sources you trust.
+        dtype: convert the weights; default as stored (the torch default for the embedded base).
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not a model.
+    """
+    import mace  # noqa: F401  before e3nn
+
+    path = Path(source)
+    if str(source) == "embedded" and not path.exists():
+        return embedded_base(dtype)
+    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+    if Path(f"{stem}.json").is_file() and Path(f"{stem}.safetensors").is_file():
+        return load_base(stem, dtype or _stored_dtype(stem))
+    if not path.is_file():
+        raise FileNotFoundError(f"no model {source}: expected a .model file, a safetensors + JSON pair, or 'embedded'")
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=False)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, AttributeError, ImportError) as err:
+        raise ValueError(f"{source} cannot be read as a MACE model ({type(err).__name__}: {err})") from err
+    if not isinstance(model, nn.Module) or not hasattr(model, "atomic_numbers"):
+        raise ValueError(f"{source} holds a {type(model).__name__}; expected a MACE model (a .model file)")
+    return model if dtype is None else model.to(dtype)
+
+
+def _stored_dtype(stem: Path) -> torch.dtype:
+    from safetensors import safe_open
+
+    with safe_open(f"{stem}.safetensors", framework="pt") as handle:
+        tensors = (handle.get_tensor(key) for key in handle.keys())  # noqa: SIM118
+        return next(t.dtype for t in tensors if t.is_floating_point())
 
 
 # Upstream's own JSON form of a config forgets the gate and most block classes.

@@ -51,3 +51,10 @@ def launch(arguments: list, check: bool = True, disable: bool = False, **kwargs)
 def train(job: Path, work: Path, check: bool = True, disable: bool = False, **changes) -> subprocess.CompletedProcess:
     """Run the console script."""
     return launch([BIN / "mace_run_train", *flags(job, work, **changes)], check=check, disable=disable)
+
+
+def base_frames(part: str, count: int) -> list[ase.Atoms]:
+    """GFN2-xTB frames of the embedded base: ``replay`` (trained on) or ``heldout`` (other molecules)."""
+    with gzip.open(EMBEDDED / "organic_small_frames.extxyz.gz", "rt") as handle:
+        frames = ase.io.read(handle, ":", format="extxyz")
+    return [f for f in frames if f.info["part"] == part][:count]

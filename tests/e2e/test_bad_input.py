@@ -23,7 +23,10 @@ def run(job, work, monkeypatch, **changes):
     [
         ({"lora_rank": 0}, r"--lora_rank: expected an integer >= 1, got 0"),
         ({"lora_alpha": -1.0}, r"--lora_alpha: expected a positive number, got -1.0"),
-        ({"lora_rank_pattern": "0e=3"}, r"--lora_rank_pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got '0e=3'"),
+        (
+            {"lora_rank_pattern": "0e=3"},
+            r"--lora_rank_pattern: expected 'irrep:rank' pairs such as '0e:16,1o:8', got '0e=3'",
+        ),
         ({"lora_targets": "("}, r"--lora_targets: '\(' is not a regular expression"),
         ({"foundation_model": "nowhere.model"}, r"--foundation_model: no file nowhere.model"),
         ({"lora": None}, r"--lora_rank: has no effect without --lora; add --lora or drop it"),

@@ -1,0 +1,71 @@
+"""``equitune evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from mace_lora.console import MODEL_HELP, Dtype, console, model_from
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    frames: Annotated[Path, typer.Argument(help="labelled frames, any format ASE reads (eV, eV/Å, eV/Å³)")],
+    adapter: Annotated[Path | None, typer.Option(help="adapter folder to put on the model")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for errors.json and parity.png")] = Path(
+        "evaluation"
+    ),
+    energy_key: Annotated[str, typer.Option(help="energy label (eV) in the frame's info")] = "REF_energy",
+    forces_key: Annotated[str, typer.Option(help="force labels (eV/Å) in the frame's arrays")] = "REF_forces",
+    stress_key: Annotated[str, typer.Option(help="stress label (eV/Å³) in the frame's info")] = "REF_stress",
+    head: Annotated[str | None, typer.Option(help="head of a multi-head model")] = None,
+    index: Annotated[str, typer.Option(help="which frames, as an ASE slice")] = ":",
+    level: Annotated[float, typer.Option(help="confidence level of the bootstrap intervals, 0 to 1")] = 0.95,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="precision of the evaluation")] = "float64",
+) -> None:
+    """Errors of a model, or of base + adapter, on labelled frames.
+
+    MAE and RMSE of the energy per atom (meV/atom), of forces (meV/Å) and of stress (meV/Å³) with
+    bootstrap intervals over frames, force errors per element, a parity plot and JSON.
+    """
+    import ase.io
+
+    from mace_lora.evaluate.metrics import predict
+    from mace_lora.evaluate.report import report, tables, write_report
+
+    if not 0 < level < 1:
+        raise ValueError(f"--level: expected a number between 0 and 1, got {level}")
+    if not frames.is_file():
+        raise FileNotFoundError(f"no file {frames}")
+    structures = ase.io.read(frames, index if ":" in index else f"{index}:{int(index) + 1}")
+    calculator = _calculator(model_from(model, adapter), head, device, dtype)
+    predictions = predict(calculator, structures, energy_key, forces_key, stress_key, progress=_bar)  # type: ignore[arg-type]
+    content = report(
+        predictions, level, model=str(model), adapter=str(adapter) if adapter else None, frames_file=str(frames)
+    )
+    for table in tables(content):
+        console.print(table)
+    files = write_report(predictions, content, output, (adapter or model).name)
+    console.print(f"written: {', '.join(map(str, files))}")
+
+
+def _calculator(model: Any, head: str | None, device: str, dtype: str) -> Any:
+    from mace.calculators import MACECalculator
+
+    heads = list(getattr(model, "heads", ["Default"]))
+    if head is not None and head not in heads:
+        raise ValueError(f"--head: expected one of {', '.join(heads)}, got {head!r}")
+    if len(heads) > 1 and head is None:
+        raise ValueError(f"--head: the model has heads {', '.join(heads)}; choose one")
+    return MACECalculator(models=[model], device=device, default_dtype=dtype, head=head or heads[0])
+
+
+def _bar(items: Any) -> Any:
+    return track(items, description="evaluating", console=Console(stderr=True), transient=True)

@@ -1,0 +1,81 @@
+"""``equitune diff`` and ``equitune tune``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mace_lora.atomic import write_text
+from mace_lora.console import MODEL_HELP, console, model_from
+
+__all__ = ["diff", "tune"]
+
+
+def diff(
+    base: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    tuned: Annotated[Path, typer.Argument(help="fine-tuned model, or adapter folder of this base")],
+    rows: Annotated[int, typer.Option(help="rows to show, largest change first; 0 shows all")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What changed between a base and a fine-tuned model, per layer and irrep (l, p).
+
+    Relative change |dW|/|W| in the Frobenius norm, and how many singular values hold 90 % of |dW|².
+    """
+    from dataclasses import asdict
+
+    from mace_lora.lora.diff import diff_models
+    from mace_lora.lora.info import is_adapter
+    from mace_lora.mace_plugin.base_model import describe_base, prepare_base
+
+    after = model_from(base, tuned) if is_adapter(tuned) else model_from(tuned)
+    # as training began: elements selected and heads made as in the fine-tuned model
+    changes = diff_models(prepare_base(model_from(base), describe_base(after)), after)
+    if as_json:
+        print(json.dumps([asdict(c) for c in changes], indent=1))
+        return
+    table = Table("module", "irrep", "shape", "|dW|/|W|", "rank of 90 %", "full rank")
+    for change in changes[: rows or None]:
+        shape, rank = "x".join(map(str, change.shape)), change.rank90
+        table.add_row(
+            change.module, change.irrep, shape, f"{change.relative:.3g}", "–" if rank is None else str(rank),
+            "–" if change.full_rank is None else str(change.full_rank),
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"{min(rows or len(changes), len(changes))} of {len(changes)} rows shown")
+
+
+def tune(
+    context: typer.Context,
+    ranks: Annotated[str, typer.Option(help="LoRA ranks to try")] = "4,16",
+    lrs: Annotated[str, typer.Option(help="learning rates to try")] = "0.005,0.01,0.02",
+    epochs: Annotated[int, typer.Option(help="epochs of the winner; losing settings stop after 1/3, 1/9, …")] = 90,
+    folder: Annotated[Path, typer.Option("--folder", "-o", help="runs and result; a stopped search continues")] = Path(
+        "tune"
+    ),
+) -> None:
+    """Search rank and learning rate on your own validation frames, by successive halving.
+
+    Flags of mace_run_train follow after --, for example
+
+    equitune tune --ranks 4,16 --lrs 0.005,0.02 -- --foundation_model=base.model --train_file=dft.xyz …
+    """
+    from mace_lora.lora.tune import tune as search
+
+    try:
+        rank_list, lr_list = [int(r) for r in ranks.split(",")], [float(x) for x in lrs.split(",")]
+    except ValueError as err:
+        raise ValueError(f"--ranks/--lrs: expected comma-separated numbers, got {ranks!r} and {lrs!r}") from err
+    arguments = [a for a in context.args if a != "--"]
+    trials = search(arguments, rank_list, lr_list, epochs, folder, console.print)
+    table = Table("rank", "lr", "epochs", "validation loss")
+    for t in trials:
+        table.add_row(str(t.rank), f"{t.lr:g}", str(t.epochs), f"{t.loss:.6g}")
+    console.print(table)
+    best = trials[0]
+    text = json.dumps([{"rank": t.rank, "lr": t.lr, "epochs": t.epochs, "loss": t.loss} for t in trials], indent=1)
+    write_text(folder / "tune.json", text.replace("Infinity", "null") + "\n")
+    console.print(f"best: --lora --lora_rank={best.rank} --lr={best.lr:g}; its run is in {folder / best.folder}")

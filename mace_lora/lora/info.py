@@ -1,0 +1,69 @@
+"""What an adapter, a base or a model is: the content of ``equitune info``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .adapter import CONFIG_FILE, read_adapter
+from .blocks import describe
+from .fingerprint import fingerprint
+
+__all__ = ["describe_adapter", "describe_model", "is_adapter"]
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is meant as an adapter folder."""
+    return Path(path).is_dir() or Path(path).name == CONFIG_FILE
+
+
+def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Settings, sizes and provenance of an adapter folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_adapter`.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    saved = read_adapter(folder)
+    ranks: dict[str, list[int]] = {}
+    for module in saved.plan:
+        for block, rank in module.ranks.items():
+            irrep = block.split("_")[0]
+            ranks.setdefault(irrep if irrep[:1].isdigit() else block, []).append(rank)
+    return {
+        "kind": "adapter",
+        "preset": saved.config.preset,
+        "rank, alpha": f"{saved.config.rank}, {saved.config.alpha:g}",
+        "ranks": {k: f"{min(v)}–{max(v)}" if min(v) < max(v) else str(v[0]) for k, v in sorted(ranks.items())},
+        "initialisation": saved.config.init,
+        "modules": len(saved.plan),
+        "parameters": sum(t.numel() for t in saved.tensors.values()),
+        "trained in full": [f"{m.name}.{d}" for m in saved.plan for d in m.dense],
+        **saved.metadata,
+        **{k: v for k, v in saved.run.items() if k != "format"},
+    }
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Fingerprint, elements, sizes and adaptable weights per irrep of a MACE model."""
+    from mace_lora.mace_plugin.base_model import describe_base
+
+    weights: dict[str, int] = {}
+    parents = dict(model.named_modules())
+    for name, module in parents.items():
+        spec = describe(module, parents.get(name.rpartition(".")[0]))
+        for block in spec.blocks if spec else ():
+            weights[block.irrep] = weights.get(block.irrep, 0) + block.m * block.n
+    interactions: Any = model.interactions
+    return {
+        "kind": type(model).__name__,
+        "fingerprint": fingerprint(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "adaptable weights": dict(sorted(weights.items())),
+        "hidden irreps": str(interactions[0].hidden_irreps),
+        "interactions": len(interactions),
+        **describe_base(model),
+    }

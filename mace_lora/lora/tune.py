@@ -1,0 +1,134 @@
+"""``equitune tune``: a rank and learning-rate search by successive halving through the real command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mace_lora.atomic import write_text
+
+__all__ = ["Trial", "rungs", "tune"]
+
+NAME = "trial"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and how far it got.
+
+    Attributes:
+        rank: LoRA rank.
+        lr: learning rate.
+        epochs: epochs trained.
+        loss: best validation loss (upstream's, in its own units); infinite when it diverged.
+    """
+
+    rank: int
+    lr: float
+    epochs: int = 0
+    loss: float = math.inf
+
+    @property
+    def folder(self) -> str:
+        """Folder name of the trial."""
+        return f"rank{self.rank}_lr{self.lr:g}"
+
+
+def rungs(epochs: int, trials: int, factor: int = 3) -> list[tuple[int, int]]:
+    """Successive halving: (epochs, number of trials) of each rung.
+
+    Args:
+        epochs: epochs of the last rung.
+        trials: settings at the start.
+        factor: a rung trains `factor` times as long as the one before, with 1/`factor` of its trials.
+    """
+    plan, count = [], trials
+    while count > 1:
+        plan.append(count)
+        count = math.ceil(count / factor)
+    plan.append(1)
+    last = len(plan) - 1
+    return [(max(2, round(epochs / factor ** (last - i))), n) for i, n in enumerate(plan)]
+
+
+def best_validation_loss(folder: Path) -> float:
+    """Lowest validation loss that upstream logged; infinite without a finite one."""
+    best = math.inf
+    for path in (folder / "results").glob(f"{NAME}_run-*_train.txt"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off by an interruption
+            if row.get("mode") == "eval" and row.get("epoch") is not None and math.isfinite(row["loss"]):
+                best = min(best, row["loss"])
+    return best
+
+
+def _train(trial: Trial, epochs: int, arguments: Sequence[str], folder: Path) -> Trial:
+    """Train one trial up to `epochs`; a finished stage is read from its folder."""
+    done = folder / "done.json"
+    if done.is_file():
+        content = json.loads(done.read_text(encoding="utf-8"))
+        if content["epochs"] >= epochs:
+            return Trial(trial.rank, trial.lr, content["epochs"], content["loss"] or math.inf)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [str(Path(sys.executable).parent / "mace_run_train"), *arguments]
+    command += ["--name", NAME, "--work_dir", str(folder), "--max_num_epochs", str(epochs), "--restart_latest"]
+    command += ["--lora", "True", "--lora_rank", str(trial.rank), "--lr", f"{trial.lr:g}"]
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        status = subprocess.run(command, stdout=log, stderr=log, env=dict(os.environ), check=False).returncode
+    loss = best_validation_loss(folder)
+    if status != 0 and not math.isfinite(loss):
+        tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"mace_run_train failed in {folder}: {tail[0] if tail else 'no output'} (see log.txt)")
+    if status != 0:
+        loss = math.inf  # diverged on the way
+    write_text(done, json.dumps({"epochs": epochs, "loss": loss if math.isfinite(loss) else None}) + "\n")
+    return Trial(trial.rank, trial.lr, epochs, loss)
+
+
+def tune(
+    arguments: Sequence[str],
+    ranks: Sequence[int],
+    lrs: Sequence[float],
+    epochs: int,
+    folder: Path,
+    progress: Callable[[str], None] = print,
+) -> list[Trial]:
+    """Search rank and learning rate on the validation frames of a training command.
+
+    Args:
+        arguments: flags of ``mace_run_train`` (data, base, E0s, …).
+        ranks, lrs: values to try.
+        epochs: epochs of the winner; losing trials stop earlier.
+        folder: one subfolder per trial; a stopped search continues where it was.
+        progress: called with a one-line message after each training.
+
+    Returns:
+        all trials, the best first: those that trained longest, by validation loss.
+
+    Raises:
+        ValueError: no values, or the command fails.
+    """
+    if not ranks or not lrs:
+        raise ValueError("ranks, lrs: expected at least one value each")
+    trials = [Trial(r, lr) for r in ranks for lr in lrs]
+    alive = trials
+    final: dict[str, Trial] = {t.folder: t for t in trials}
+    for length, count in rungs(epochs, len(trials)):
+        alive = alive[:count]
+        results = []
+        for trial in alive:
+            result = _train(trial, length, arguments, folder / trial.folder)
+            final[trial.folder] = result
+            results.append(result)
+            progress(f"rank {result.rank:>3}  lr {result.lr:<7g} epochs {length:>4}  validation loss {result.loss:.6g}")
+        alive = sorted(results, key=lambda t: t.loss)
+    return sorted(final.values(), key=lambda t: (-t.epochs, t.loss))
