@@ -52,7 +52,7 @@ Jobs = Annotated[int, typer.Option(help="Sampling processes.")]
 Epochs = Annotated[int, typer.Option(help="Training epochs.")]
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 CONFIGS = Path(__file__).parent / "configs"
-WORKDIR, OUT, EPOCHS = Path("build/embedded_base"), Path("mace_lora/embedded"), 60
+WORKDIR, OUT, EPOCHS = Path("build/embedded_base"), Path("mace_lora/embedded"), 24
 
 
 def molecules() -> list[tuple[str, str, str, int]]:

@@ -1,13 +1,13 @@
-"""Make the embedded DFT set: 200 labelled frames of one molecule, glycolamide.
+"""Make the embedded DFT sets: labelled frames of glycolamide, 2-fluoroethanol and thioacetamide.
 
-Command:  OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python recipes/embedded_dft.py
+Command:  OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python recipes/embedded_dft.py [MOLECULE ...]
 Needs:    ase, rdkit, tblite, pyscf, typer, tqdm.
-Cost:     sampling about 1 minute, labelling 35-40 minutes on one thread (about 10 s a frame).
+Cost:     per molecule sampling about 1 minute, labelling 25-40 minutes on one thread (8-10 s a frame).
 
-Frames come from GFN2-xTB Langevin dynamics at 500 K (four independent trajectories) and are
-labelled with PBE0/def2-SVP and density fitting by PySCF. Labels are appended one by one to a
-work file, so a stopped run continues where it was. The final order is a fixed seeded shuffle:
-the first 50 frames are `train`, the next 50 `valid`, the last 100 `test`.
+Frames come from GFN2-xTB Langevin dynamics at 500 K (independent trajectories) and are labelled
+with PBE0/def2-SVP and density fitting by PySCF. Labels are appended one by one to a work file, so a
+stopped run continues where it was. The final order is a fixed seeded shuffle: the first 50 frames
+are `train`, the next 50 `valid`, the rest `test`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from tqdm import tqdm
 
-MOLECULE = "glycolamide"
-SMILES = "OCC(=O)N"
+from mace_lora.atomic import write_text
+
+# name: (SMILES, frames per trajectory); none of them is among the molecules of the embedded base
+MOLECULES = {"glycolamide": ("OCC(=O)N", 50), "2_fluoroethanol": ("OCCF", 38), "thioacetamide": ("CC(N)=S", 38)}
 LEVEL = "PBE0/def2-SVP (DF)"
 TEMPERATURE_K = 500.0
 TIMESTEP_FS = 0.5
@@ -39,10 +41,9 @@ FRICTION_PER_FS = 0.02
 EQUILIBRATION_FS = 1000.0
 SPACING_FS = 50.0
 TRAJECTORY_SEEDS = (101, 102, 103, 104)
-FRAMES_PER_TRAJECTORY = 50
 SHUFFLE_SEED = 20240
-SPLITS = (("train", 50), ("valid", 50), ("test", 100))
-ATOM_SPINS = {"H": 1, "C": 2, "N": 3, "O": 2}
+N_TRAIN = N_VALID = 50
+ATOM_SPINS = {"H": 1, "C": 2, "N": 3, "O": 2, "F": 1, "S": 2}
 XC, BASIS, AUXBASIS = "pbe0", "def2-svp", "def2-universal-jkfit"
 GRID_LEVEL, CONV_TOL = 3, 1e-9
 
@@ -69,11 +70,12 @@ def bonds(atoms: Atoms, scale: float = 1.3) -> set[tuple[int, int]]:
     return {(int(i), int(j)) for i, j in np.argwhere(close)}
 
 
-def sample_trajectory(index: int, seed: int) -> list[Atoms]:
+def sample_trajectory(molecule: str, index: int, seed: int) -> list[Atoms]:
     """Run one GFN2-xTB Langevin trajectory and return its frames (Å), unlabelled."""
     from tblite.ase import TBLite
 
-    atoms = start_geometry(SMILES, seed)
+    smiles, count = MOLECULES[molecule]
+    atoms = start_geometry(smiles, seed)
     atoms.calc = TBLite(method="GFN2-xTB", verbosity=0)
     rng = np.random.default_rng(seed)
     MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE_K, rng=rng)
@@ -89,7 +91,7 @@ def sample_trajectory(index: int, seed: int) -> list[Atoms]:
     dyn.run(int(EQUILIBRATION_FS / TIMESTEP_FS))
     frames: list[Atoms] = []
     dropped = 0
-    while len(frames) < FRAMES_PER_TRAJECTORY:
+    while len(frames) < count:
         dyn.run(int(SPACING_FS / TIMESTEP_FS))
         if bonds(atoms) != reference:
             dropped += 1
@@ -102,15 +104,21 @@ def sample_trajectory(index: int, seed: int) -> list[Atoms]:
     return frames
 
 
-def sample(path: Path) -> list[Atoms]:
-    """Return the 200 frames in their final shuffled order, sampling them when absent."""
+def split_counts(frames: int) -> dict[str, int]:
+    """Number of frames of each part."""
+    return {"train": N_TRAIN, "valid": N_VALID, "test": frames - N_TRAIN - N_VALID}
+
+
+def sample(molecule: str, path: Path) -> list[Atoms]:
+    """Return the frames in their final shuffled order, sampling them when absent."""
     if not path.exists():
         frames = []
         for index, seed in enumerate(TRAJECTORY_SEEDS):
-            frames += sample_trajectory(index, seed)
+            frames += sample_trajectory(molecule, index, seed)
         order = np.random.default_rng(SHUFFLE_SEED).permutation(len(frames))
         frames = [frames[i] for i in order]
-        splits = [name for name, count in SPLITS for _ in range(count)]
+        counts = split_counts(len(frames))
+        splits = [name for name, count in counts.items() for _ in range(count)]
         for key, (frame, split) in enumerate(zip(frames, splits, strict=True)):
             frame.info.update(key=key, split=split)
         partial = path.with_name("sampled.part.extxyz")
@@ -183,13 +191,13 @@ def label_all(frames: list[Atoms], path: Path) -> dict[int, dict[str, Any]]:
     return done
 
 
-def labelled(atoms: Atoms, row: dict[str, Any]) -> Atoms:
+def labelled(molecule: str, atoms: Atoms, row: dict[str, Any]) -> Atoms:
     """Return the frame with REF_energy (eV), REF_forces (eV/Å) and provenance."""
     out = atoms.copy()
     out.info.update(
         REF_energy=row["energy"],
-        config_type=MOLECULE,
-        molecule=MOLECULE,
+        config_type=molecule,
+        molecule=molecule,
         level=LEVEL,
         label_source=f"pyscf {version('pyscf')}",
         temperature_K=TEMPERATURE_K,
@@ -198,13 +206,13 @@ def labelled(atoms: Atoms, row: dict[str, Any]) -> Atoms:
     return out
 
 
-def write_outputs(frames: list[Atoms], e0s: dict[str, float], seconds: float, out: Path) -> None:
+def write_outputs(molecule: str, frames: list[Atoms], e0s: dict[str, float], seconds: float, out: Path) -> None:
     """Write the compressed frames, the isolated atoms and the JSON description."""
     out.mkdir(parents=True, exist_ok=True)
     buffer = io.StringIO()
     write(buffer, frames, format="extxyz")
     data = gzip.compress(buffer.getvalue().encode(), compresslevel=9, mtime=0)
-    target = out / "glycolamide_pbe0.extxyz.gz"
+    target = out / f"{molecule}_pbe0.extxyz.gz"
     partial = target.with_name(target.name + ".part")
     partial.write_bytes(data)
     partial.replace(target)
@@ -216,13 +224,13 @@ def write_outputs(frames: list[Atoms], e0s: dict[str, float], seconds: float, ou
         atom.info["label_source"] = f"pyscf {version('pyscf')}"
         atom.arrays["REF_forces"] = np.zeros((1, 3))
         singles.append(atom)
-    write(out / "glycolamide_pbe0_atoms.extxyz", singles, format="extxyz")
+    write(out / f"{molecule}_pbe0_atoms.extxyz", singles, format="extxyz")
 
     forces = np.concatenate([f.arrays["REF_forces"] for f in frames])
     energies = np.array([f.info["REF_energy"] for f in frames])
     info = {
-        "molecule": MOLECULE,
-        "smiles": SMILES,
+        "molecule": molecule,
+        "smiles": MOLECULES[molecule][0],
         "level": LEVEL,
         "settings": {
             "xc": XC,
@@ -233,7 +241,7 @@ def write_outputs(frames: list[Atoms], e0s: dict[str, float], seconds: float, ou
         },
         "units": {"REF_energy": "eV", "REF_forces": "eV/Å", "positions": "Å"},
         "E0s_eV": {str(Atoms(s).numbers[0]): e for s, e in e0s.items()},
-        "atom_unpaired_electrons": ATOM_SPINS,
+        "atom_unpaired_electrons": {s: ATOM_SPINS[s] for s in e0s},
         "sampling": {
             "method": "GFN2-xTB Langevin",
             "temperature_K": TEMPERATURE_K,
@@ -244,7 +252,7 @@ def write_outputs(frames: list[Atoms], e0s: dict[str, float], seconds: float, ou
             "trajectory_seeds": list(TRAJECTORY_SEEDS),
             "shuffle_seed": SHUFFLE_SEED,
         },
-        "counts": {"total": len(frames), **dict(SPLITS)},
+        "counts": {"total": len(frames), **split_counts(len(frames))},
         "spread": {
             "energy_std_eV": float(energies.std()),
             "force_rms_eV_per_A": float(np.sqrt((forces**2).mean())),
@@ -254,27 +262,33 @@ def write_outputs(frames: list[Atoms], e0s: dict[str, float], seconds: float, ou
         "versions": {name: version(name) for name in ("pyscf", "ase", "tblite", "rdkit", "numpy")},
         "sha256": {target.name: hashlib.sha256(data).hexdigest()},
     }
-    (out / "glycolamide_pbe0.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"wrote {target} ({len(data) / 1000:.0f} kB), glycolamide_pbe0.json and atoms in {out}")
+    write_text(out / f"{molecule}_pbe0.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    print(f"wrote {target} ({len(data) / 1000:.0f} kB), JSON and atoms in {out}")
 
 
 @app.command()
 def main(
+    molecules: Annotated[list[str] | None, typer.Argument(help="default: all")] = None,
     workdir: Annotated[Path, typer.Option(help="Work files.")] = Path("build/embedded_dft"),
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("mace_lora/embedded"),
 ) -> None:
-    """Sample, label and write the glycolamide set."""
+    """Sample, label and write the sets."""
     from pyscf import lib
 
     lib.num_threads(1)
-    workdir.mkdir(parents=True, exist_ok=True)
-    frames = sample(workdir / "sampled.extxyz")
-    e0s = {symbol: label_atom(symbol) for symbol in ATOM_SPINS}
-    print("isolated atoms (eV):", e0s, flush=True)
-    rows = label_all(frames, workdir / "labels.jsonl")
-    seconds = float(np.median([row["seconds"] for row in rows.values()]))
-    finished = [labelled(atoms, rows[int(atoms.info["key"])]) for atoms in frames]
-    write_outputs(finished, e0s, seconds, out)
+    for molecule in molecules or MOLECULES:
+        if molecule not in MOLECULES:
+            raise SystemExit(f"molecule: expected one of {', '.join(MOLECULES)}, got {molecule!r}")
+        folder = workdir / molecule
+        folder.mkdir(parents=True, exist_ok=True)
+        frames = sample(molecule, folder / "sampled.extxyz")
+        symbols = sorted({s for f in frames for s in f.get_chemical_symbols()}, key=list(ATOM_SPINS).index)
+        e0s = {symbol: label_atom(symbol) for symbol in symbols}
+        print("isolated atoms (eV):", e0s, flush=True)
+        rows = label_all(frames, folder / "labels.jsonl")
+        seconds = float(np.median([row["seconds"] for row in rows.values()]))
+        finished = [labelled(molecule, atoms, rows[int(atoms.info["key"])]) for atoms in frames]
+        write_outputs(molecule, finished, e0s, seconds, out)
 
 
 if __name__ == "__main__":

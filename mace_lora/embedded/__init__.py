@@ -7,9 +7,19 @@ from pathlib import Path
 __all__ = ["embedded_dft_path"]
 
 
-def embedded_dft_path() -> Path:
-    """200 PBE0/def2-SVP frames of glycolamide (extxyz, gzip): 50 train, 50 valid, 100 test.
+def embedded_dft_path(molecule: str = "glycolamide") -> Path:
+    """PBE0/def2-SVP frames of one molecule (extxyz, gzip): 50 train, 50 valid, the rest test.
 
     Energies in eV (``REF_energy``), forces in eV/Å (``REF_forces``), ``split`` in the frame info.
+
+    Args:
+        molecule: ``glycolamide`` (200 frames), ``2_fluoroethanol`` or ``thioacetamide`` (152 each).
+
+    Raises:
+        ValueError: another molecule.
     """
-    return Path(__file__).parent / "glycolamide_pbe0.extxyz.gz"
+    folder = Path(__file__).parent
+    known = sorted(p.name.removesuffix("_pbe0.extxyz.gz") for p in folder.glob("*_pbe0.extxyz.gz"))
+    if molecule not in known:
+        raise ValueError(f"molecule: expected one of {', '.join(known)}, got {molecule!r}")
+    return folder / f"{molecule}_pbe0.extxyz.gz"

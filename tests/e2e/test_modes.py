@@ -79,7 +79,8 @@ def replayed(job, tmp_path_factory):
     ase.io.write(work / "replay_valid.xyz", frames[150:], format="extxyz")
     log = train(
         job, work, multiheads_finetuning="True", pt_train_file=work / "replay.xyz",
-        pt_valid_file=work / "replay_valid.xyz", max_num_epochs=3, lr=0.003, ema=True, ema_decay=0.9, batch_size=5, default_dtype="float64",
+        pt_valid_file=work / "replay_valid.xyz", max_num_epochs=3, lr=0.003, ema=True,
+        ema_decay=0.9, batch_size=5, default_dtype="float64",
     ).stdout  # fmt: skip
     return work, log
 
