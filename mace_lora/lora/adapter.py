@@ -141,17 +141,34 @@ def save_adapter(
     metadata.setdefault("base_fingerprint", fingerprint(model))
     config = config or _recorded_config(model, name)
     content = config_json(model, config, name, metadata)
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    target = folder / CONFIG_FILE
-    if not target.is_file() or target.read_text(encoding="utf-8") != text:
-        # A config of another adapter must not be paired with these weights for a moment.
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-        write_text(target, text)
     header = {k: str(v) for k, v in (run or {}).items()} | {"format": "pt"}
-    with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file({k: v.to("cpu", dtype).contiguous() for k, v in tensors.items()}, temporary, metadata=header)
+    # Both files are complete before either replaces its predecessor.
+    with atomic_path(folder / WEIGHTS_FILE) as weights:
+        save_file({k: v.to("cpu", dtype).contiguous() for k, v in tensors.items()}, weights, metadata=header)
+        _write_config(folder, json.loads(json.dumps(content)))
     write_text(folder / CARD_FILE, model_card(content, header, sum(v.numel() for v in tensors.values())))
     return folder
+
+
+def _write_config(folder: Path, content: dict[str, Any]) -> None:
+    """Write ``adapter_config.json``; weights of another adapter must not be paired with it for a moment."""
+    target = folder / CONFIG_FILE
+    try:
+        before = json.loads(target.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        before = None
+    if before == content:
+        return
+    with atomic_path(target) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if before is not None and _identity(before) != _identity(content):
+            (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+
+
+def _identity(content: Mapping[str, Any]) -> list[Any]:
+    """What has to agree for weights to fit a config; provenance may differ."""
+    own = content.get("equitune", {})
+    return [own.get("config"), own.get("modules"), own.get("metadata", {}).get("base_fingerprint")]
 
 
 def _only_adapter(model: nn.Module) -> str:

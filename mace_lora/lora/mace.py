@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mace_lora.mace_plugin import base_model, labels
@@ -136,6 +137,11 @@ class LoraPlugin(TrainPlugin):
             )
         except ValueError as err:  # NaN: training has diverged
             raise SettingsError(f"--lora: {err}; lower --lr, and restart with --restart_latest") from err
+        except (OSError, SafetensorError) as err:
+            raise SettingsError(
+                f"--model_dir: cannot write the adapter to {folder} ({err}); the last one is unchanged; free some "
+                "space and continue with --restart_latest"
+            ) from err
         if not run.state.get("lora_announced"):
             run.state["lora_announced"] = True
             logging.info("equitune: writing the adapter to %s at every best epoch", folder)

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from mace_lora.atomic import atomic_path
 
 from .protocol import Run, SettingsError
 
-__all__ = ["check_restart", "collect", "is_best", "resume", "write"]
+__all__ = ["check_restart", "collect", "is_best", "lock", "resume", "write"]
+
+_held: list[Any] = []
 
 
 def _stage_two(swa_start: int | None, epoch: int) -> bool:
@@ -61,8 +64,13 @@ def collect(run: Run, model: nn.Module, swa_start: int | None, epoch: int) -> di
 def write(io: Any, checkpoint: dict[str, Any], epochs: int, keep_last: bool, save: Callable[..., None]) -> None:
     """Write the new checkpoint completely, then delete the old one."""
     path = Path(io.directory) / io._get_checkpoint_filename(epochs, io.swa_start)
-    with atomic_path(path) as temporary:
-        save(checkpoint, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            save(checkpoint, temporary)
+    except (OSError, RuntimeError) as err:  # torch reports a failed write as RuntimeError
+        raise SettingsError(
+            f"--checkpoints_dir: cannot write {path} ({err}); free some space and continue with --restart_latest"
+        ) from err
     old, io.old_path = io.old_path, str(path)
     if not io.keep and old and not keep_last and old != str(path):
         Path(old).unlink(missing_ok=True)
@@ -96,6 +104,33 @@ def resume(run: Run, model: nn.Module) -> None:
         parameter.copy_(raw.to(parameter.device))
     run.ema.collected_params = None
     logging.info("equitune: restored EMA state (%d updates) and raw weights", run.ema.num_updates)
+
+
+def lock(run: Run) -> None:
+    """Keep other runs out of this run's checkpoints, and clear what a killed run left half-written.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+
+    Raises:
+        SettingsError: another run is writing there now.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    while _held:  # of an earlier run in this process
+        _held.pop().release(force=True)
+    _held.append(FileLock(run.checkpoints_dir / f"{run.tag}.lock"))
+    try:
+        _held[-1].acquire(blocking=False)
+    except Timeout:
+        raise SettingsError(
+            f"--name {run.args.name}: another run is writing to {run.checkpoints_dir} now; wait for it to end, or "
+            "choose another --name or --work_dir"
+        ) from None
+    models = Path(run.args.model_dir)
+    for folder in (run.checkpoints_dir, *models.glob(f"{run.args.name}*-adapter")):
+        for leftover in folder.glob(".*.part"):
+            leftover.unlink(missing_ok=True)
 
 
 def latest_checkpoint(run: Run) -> Path | None:

@@ -82,6 +82,7 @@ def patch_arg_parser_tools(module: ModuleType) -> None:
         for plugin in run.plugins:
             _or_exit(plugin.check_args, run)
         if run.active():
+            _or_exit(checkpoints.lock, run)
             distributed.prepare(args)
         _or_exit(checkpoints.check_restart, run)
         return args, messages
@@ -234,7 +235,7 @@ def patch_checkpoint(module: ModuleType) -> None:
         if "equitune" not in checkpoint:
             io_save(self, checkpoint, epochs, keep_last)
             return
-        checkpoints.write(self, checkpoint, epochs, keep_last, torch.save)
+        _or_exit(checkpoints.write, self, checkpoint, epochs, keep_last, torch.save)
 
     handler.save = save
     builder.load_checkpoint = staticmethod(functools.wraps(load_checkpoint)(load))
