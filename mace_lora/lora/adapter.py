@@ -289,6 +289,11 @@ def _matching_base(model: nn.Module, saved: AdapterFile, path: Path) -> nn.Modul
         head = saved.metadata.get("foundation_head")
         source = model if got == foundation else select_head(model, head)
         if source is not None and fingerprint(source) == foundation:
+            if adapter_names(model):
+                raise ValueError(
+                    f"adapter {path}: the model is the adapter's foundation, has adapters {adapter_names(model)} "
+                    "already and would have to be prepared anew; load this adapter first, or on the prepared base"
+                )
             return prepare_base(source, saved.metadata)
     raise ValueError(
         f"adapter {path}: it was trained on another base model: expected fingerprint {expected}"

@@ -10,12 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from ase import Atoms
 from torch import nn
 
 from .adapter import AdapterFile, load_adapter, read_adapter
+from .fingerprint import fingerprint
 from .inject import adapter_layers, adapter_names, disabled_adapters, merge_adapters, set_adapter
 
-__all__ = ["AdapterCalculator", "load_calculator", "load_with_adapters"]
+__all__ = [
+    "choose_head",
+    "graph_of",
+    "like_model",
+    "load_calculator",
+    "load_with_adapters",
+]  # and AdapterCalculator, on demand
 
 AdapterPath = str | os.PathLike[str]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -102,6 +110,11 @@ def load_with_adapters(
         from mace_lora.mace_plugin.base_model import load_model
 
         model = load_model(base, dtype)
+    if adapter_names(model) and any(f.metadata.get("base_fingerprint") != fingerprint(model) for f in files.values()):
+        raise ValueError(
+            f"base: it has adapters already ({', '.join(adapter_names(model))}) and is not the prepared base of the "
+            "adapters to load; give the base that they were trained on, or one without adapters"
+        )
     # The first one may prepare a new model from a foundation model; the others then match that.
     for name, path in (adapters or {}).items():
         model = load_adapter(model, path, adapter_name=name)
@@ -124,7 +137,7 @@ def _check_same_base(files: Mapping[str, AdapterFile]) -> None:
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """The first difference that a user can act on."""
-    for key in ("foundation_fingerprint", "elements", "heads", "E0s"):
+    for key in ("foundation_fingerprint", "foundation_head", "elements", "heads", "E0s"):
         if key in a and key in b and a[key] != b[key]:
             unit = " (eV)" if key == "E0s" else ""
             return f"{key}{unit} {a[key]} and {b[key]}"
@@ -155,6 +168,46 @@ def choose_head(model: nn.Module, head: str | None) -> str:
     if head not in heads:
         raise ValueError(f"head: the model has no head {head!r}; expected one of {', '.join(heads)}")
     return head
+
+
+def graph_of(model: Any, frames: Sequence[Atoms], head: str) -> dict[str, Any]:
+    """ASE frames as one MACE batch in the model's dtype and on its device.
+
+    Args:
+        model: MACE model.
+        frames: at least one.
+        head: one of the model's heads.
+
+    Raises:
+        ValueError: elements that the model does not know.
+    """
+    import mace  # noqa: F401  before e3nn
+    from mace import data
+    from mace.tools import AtomicNumberTable, torch_geometric
+
+    from mace_lora.mace_plugin.base_model import _default_dtype, elements
+
+    known = elements(model)
+    foreign = sorted({int(z) for atoms in frames for z in atoms.numbers} - set(known))
+    if foreign:
+        raise ValueError(f"frames: the model does not know the atomic numbers {foreign}, only {known}")
+    # as MACECalculator does; upstream's own context manager would leave the dtype after an error
+    keys = data.KeySpecification(info_keys={"total_spin": "spin", "total_charge": "charge"})
+    with _default_dtype(next(model.parameters()).dtype):
+        configs = [data.config_from_atoms(atoms, key_specification=keys, head_name=head) for atoms in frames]
+        table, heads = AtomicNumberTable(known), list(getattr(model, "heads", None) or ["Default"])
+        items = [data.AtomicData.from_config(c, z_table=table, cutoff=float(model.r_max), heads=heads) for c in configs]
+    return like_model(model, torch_geometric.Batch.from_data_list(items).to_dict())
+
+
+def like_model(model: nn.Module, graph: Mapping[str, Any]) -> dict[str, Any]:
+    """A MACE batch dictionary in the model's dtype and on its device; nothing is changed in place."""
+    like = next(model.parameters())
+    out = dict(graph)
+    for key, value in graph.items():
+        if torch.is_tensor(value):
+            out[key] = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    return out
 
 
 class _Switching:

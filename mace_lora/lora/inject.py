@@ -167,8 +167,10 @@ def apply_plan(
     model: nn.Module, plans: Sequence[ModulePlan], config: LoraConfig, adapter_name: str = "default"
 ) -> nn.Module:
     """Add an adapter as planned; see :func:`apply_lora`."""
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name: expected a name without dots, got {adapter_name!r}")
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"adapter_name: expected a name without dots that torch does not use itself, got {adapter_name!r}"
+        )
     if adapter_name in adapter_names(model):
         raise ValueError(f"adapter_name: the model already has an adapter {adapter_name!r}; choose another name")
     specs = {name: spec for name, _, spec in candidates(model)}
