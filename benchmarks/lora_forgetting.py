@@ -83,7 +83,8 @@ def one_run(method: str, molecule: str, seed: int, epochs: int, work: Path) -> d
     torch.save(embedded_base(torch.float64), folder / "base.model")
     command = [
         str(Path(sys.executable).parent / "mace_run_train"), "--name", "run", "--seed", str(seed), "--foundation_model",
-        str(folder / "base.model"), "--train_file", str(folder / "train.xyz"), "--valid_file", str(folder / "valid.xyz"),
+        str(folder / "base.model"), "--train_file", str(folder / "train.xyz"),
+        "--valid_file", str(folder / "valid.xyz"),
         "--E0s", str(aligned_E0s(embedded_base(torch.float64), frames.train)), "--batch_size", "5",
         "--valid_batch_size", "25", "--max_num_epochs", str(epochs), "--eval_interval", "2", "--ema", "--ema_decay",
         "0.99", "--default_dtype", "float32", "--device", "cpu", "--loss", "weighted", "--energy_weight", "1",
@@ -122,9 +123,9 @@ def main(
     before = model_errors(embedded_base(torch.float64), own, None, True)
     lines = [
         f"# Forgetting: the embedded base after 50 PBE0 frames of {molecule}", "",
-        f"{len(own)} GFN2-xTB frames of molecules that neither the base nor the fine-tuning has seen; energies with each "
-        "molecule's mean error removed (meV/atom), forces in meV/Å; test: PBE0 frames of the fine-tuned molecule. Median "
-        f"(min–max) over seeds {seeds}; {epochs} epochs (replay {epochs // 4}, with 150 replay frames).",
+        f"{len(own)} GFN2-xTB frames of molecules that neither the base nor the fine-tuning has seen; energies with "
+        "each molecule's mean error removed (meV/atom), forces in meV/Å; test: PBE0 frames of the fine-tuned molecule. "
+        f"Median (min–max) over seeds {seeds}; {epochs} epochs (replay {epochs // 4}, with 150 replay frames).",
         f"Command: `python benchmarks/lora_forgetting.py --molecule {molecule}` ({datetime.date.today()}, mace-torch "
         f"{version('mace-torch')}, torch {version('torch')}).", "",
         "| model | own held-out E MAE | own held-out F MAE | new E MAE | new F MAE |", "|---|---|---|---|---|",

@@ -43,7 +43,7 @@ from mace_lora.mace_plugin.base_model import embedded_base  # noqa: E402
 BIN = Path(sys.executable).parent
 # every method gets two learning rates and the same number of epochs; the better one on the
 # validation frames is reported
-LORA = ["--lora", "--lora_rank=16", "--lora_init=unit_delta"]
+LORA = ["--lora"]
 RUNS = {
     "full_lr0.002": ("full fine-tuning", 0.002, []),
     "full_lr0.005": ("full fine-tuning", 0.005, []),

@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["INITS", "PRESETS", "LoraConfig", "parse_rank_pattern"]
 
 PRESETS = ("degree_parity", "upstream")
-INITS = ("elora", "unit_delta")
+INITS = ("unit_delta", "elora")
 _KINDS = {
     "degree_parity": None,  # every kind we can describe
     "upstream": ("o3.Linear", "nn.Linear", "e3nn MLP"),  # what MACE's own --lora adapts
@@ -49,9 +49,9 @@ class LoraConfig:
         exclude: regular expressions of modules to leave out.
         dense: regular expressions of parameter names to train in full; None takes the preset's
             choice, an empty tuple trains none.
-        init: ``"elora"`` draws A ~ N(0, 1), for contractions N(0, 1)/n_paths, as published;
-            ``"unit_delta"`` draws A with a further factor 1/sqrt(r), which makes the first step's
-            change of W independent of the rank. B starts at zero in both.
+        init: ``"unit_delta"`` draws A ~ N(0, 1/r), for contractions a further 1/n_paths, so that a
+            step changes W by about the learning rate at every rank; ``"elora"`` leaves out the 1/r,
+            as published. B starts at zero in both.
         clip_rank: lower r to min(m, n) where it is larger; off because the published parameter
             counts do not clip.
 
@@ -69,7 +69,7 @@ class LoraConfig:
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     dense: tuple[str, ...] | None = None
-    init: str = "elora"
+    init: str = "unit_delta"
     clip_rank: bool = False
 
     def __post_init__(self) -> None:

@@ -59,7 +59,11 @@ class LoraPlugin(TrainPlugin):
             "--lora_dense",
             help="parameters trained in full: 'preset' (default), 'none', or comma-separated regular expressions",
         )
-        group.add_argument("--lora_init", choices=INITS, help="distribution of A (B starts at zero)")
+        group.add_argument(
+            "--lora_init",
+            choices=INITS,
+            help="A ~ N(0, 1/r) (unit_delta, default) or N(0, 1) (elora, as published); B is 0",
+        )
         group.add_argument("--lora_init_adapter", metavar="DIR", help="start from this adapter")
         group.add_argument("--lora_weight_decay", type=float, help="weight decay of all adapter parameters (default 0)")
 

@@ -306,10 +306,10 @@ def test_names_are_checked():
 def test_initial_scale():
     torch.manual_seed(0)
     wide = Single(nn.Linear(4000, 3), "4000x0e")
-    a = apply_lora(wide, LoraConfig(rank=16)).layer.lora_A["default"]["0e"]
+    a = apply_lora(wide, LoraConfig(rank=16, init="elora")).layer.lora_A["default"]["0e"]
     assert abs(float(a.detach().std()) - 1) < 0.02
     wide = Single(nn.Linear(4000, 3), "4000x0e")
-    a = apply_lora(wide, LoraConfig(rank=16, init="unit_delta")).layer.lora_A["default"]["0e"]
+    a = apply_lora(wide, LoraConfig(rank=16)).layer.lora_A["default"]["0e"]
     assert abs(float(a.detach().std()) - 0.25) < 0.005
 
 
