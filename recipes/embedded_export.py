@@ -5,12 +5,15 @@ Command:  python recipes/embedded_base.py export
 Needs:    mace-torch, ase, safetensors.
 Cost:     about 1 minute on one thread.
 
-Writes organic_small.safetensors (weights), organic_small.json (architecture, provenance, errors)
-and organic_small.md (model card).
+Writes organic_small.safetensors (weights), organic_small.json (architecture, provenance, errors),
+organic_small.md (model card) and organic_small_frames.extxyz.gz (200 training frames for replay and
+10 frames of each held-out molecule).
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import sys
 from importlib.metadata import version
@@ -21,12 +24,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
-from ase.io import read
+from ase.io import read, write
 
-from mace_lora.atomic import write_text
+from mace_lora.atomic import atomic_path, write_text
 from mace_lora.mace_plugin.base_model import describe_base, load_base, save_base
 
 NAME, LEVEL, SEED = "organic_small", "GFN2-xTB", 7
+N_REPLAY, N_PER_HELDOUT = 200, 10
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -111,8 +115,32 @@ def export(workdir: Path, out: Path) -> None:
     }
     save_base(model, out / NAME, info)
     info = json.loads((out / f"{NAME}.json").read_text(encoding="utf-8"))
+    export_frames(workdir, out)
     write_text(out / f"{NAME}.md", model_card(info))
-    print(f"export: wrote {NAME}.safetensors, .json and .md in {out}")
+    print(f"export: wrote {NAME}.safetensors, .json, .md and {NAME}_frames.extxyz.gz in {out}")
+
+
+def export_frames(workdir: Path, out: Path) -> None:
+    """Write a few of the base's own frames: for replay (trained on) and of held-out molecules."""
+    trained = [f for f in read(workdir / "train.extxyz", ":") if len(f) > 1]
+    rng = np.random.default_rng(SEED)
+    parts = [("replay", trained[i]) for i in rng.choice(len(trained), N_REPLAY, replace=False)]
+    heldout = read(workdir / "heldout.extxyz", ":")
+    for name in dict.fromkeys(f.info["molecule"] for f in heldout):
+        own = [f for f in heldout if f.info["molecule"] == name]
+        parts += [("heldout", own[i]) for i in sorted(rng.choice(len(own), N_PER_HELDOUT, replace=False))]
+    frames = []
+    for part, frame in parts:
+        small = Atoms(frame.numbers, positions=frame.positions.round(6))
+        small.info.update({k: frame.info[k] for k in ("molecule", "level", "label_source")}, part=part)
+        # the labels belong to the positions before rounding: 1e-6 Å changes them by less than 1e-4 eV/Å
+        small.info["REF_energy"] = frame.info["REF_energy"]
+        small.arrays["REF_forces"] = frame.arrays["REF_forces"].round(6)
+        frames.append(small)
+    buffer = io.StringIO()
+    write(buffer, frames, format="extxyz")
+    with atomic_path(out / f"{NAME}_frames.extxyz.gz") as temporary:
+        temporary.write_bytes(gzip.compress(buffer.getvalue().encode(), compresslevel=9, mtime=0))
 
 
 def model_card(info: dict[str, Any]) -> str:

@@ -127,7 +127,7 @@ def main(
     """Train, evaluate on 100 unseen DFT frames, write table and plots; continues where it was stopped."""
     console = Console()
     start = time.time()
-    console.print("Base: MACE, H C N O, GFN2-xTB. Labels: 50 train + 50 validation PBE0 frames of glycolamide.")
+    console.print("Base: MACE, H C N O F S, GFN2-xTB. Labels: 50 train + 50 validation PBE0 frames of glycolamide.")
     prepare(folder)
     with (
         Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress,

@@ -264,5 +264,5 @@ def _from_json(key: str, value: Any) -> Any:
 
 
 def embedded_base(dtype: torch.dtype | None = None) -> nn.Module:
-    """The small organic base (H, C, N, O; GFN2-xTB) that comes with the package."""
+    """The small organic base (H, C, N, O, F, S; GFN2-xTB) that comes with the package."""
     return load_base(EMBEDDED, dtype)

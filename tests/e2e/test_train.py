@@ -9,7 +9,7 @@ import torch
 from helpers import BIN, dft_frames, flags, launch, train
 
 from mace_lora import adapter_names, coverage, fingerprint, load_adapter, merge_lora, read_adapter
-from mace_lora.mace_plugin.base_model import describe_base, embedded_base
+from mace_lora.mace_plugin.base_model import describe_base, embedded_base, prepare_base
 
 pytestmark = pytest.mark.mace
 
@@ -70,12 +70,17 @@ def test_adapter_on_the_foundation_model_is_the_merged_model(job, finished):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
 
 
-def test_requested_energy_references_are_in_the_model(job, finished):
-    work, log = finished
-    merged = torch.load(work / "run.model", weights_only=False)
+def test_requested_energy_references_are_in_the_model(job, tmp_path):
+    """Upstream takes the foundation's E0s where data and foundation have the same elements."""
+    base = embedded_base(torch.float64)
+    full = describe_base(base)
+    four = {z: e for z, e in full["E0s"]["Default"].items() if int(z) in (1, 6, 7, 8)}
+    same = prepare_base(base, full | {"elements": [1, 6, 7, 8], "E0s": {"Default": four}})
+    torch.save(same, tmp_path / "same.model")
+    log = train(job, tmp_path, foundation_model=tmp_path / "same.model", max_num_epochs=1).stdout
+    merged = torch.load(tmp_path / "run.model", weights_only=False)
     wanted = {str(z): e for z, e in eval((job / "e0s.txt").read_text()).items()}
-    got = describe_base(merged)["E0s"]["Default"]
-    assert got == pytest.approx(wanted, rel=1e-6)
+    assert describe_base(merged)["E0s"]["Default"] == pytest.approx(wanted, rel=1e-6)
     assert "upstream replaced the requested E0s" in log
 
 
