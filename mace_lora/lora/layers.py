@@ -168,8 +168,8 @@ class AdapterLayer(nn.Module):
         products: dict[str, torch.Tensor] = {}
         for piece in spec.pieces:
             if piece.block in factors_a and piece.block not in products:
-                scale = self.scaling[adapter][piece.block]
-                products[piece.block] = factors_a[piece.block] @ (scale * factors_b[piece.block])
+                scale, b = self.scaling[adapter][piece.block], factors_b[piece.block]
+                products[piece.block] = factors_a[piece.block] @ (b if scale == 1.0 else scale * b)
         if not products:
             return None
         like = next(iter(products.values()))
@@ -186,11 +186,32 @@ class AdapterLayer(nn.Module):
     def effective_parameters(self) -> dict[str, torch.Tensor]:
         """Base + active updates for every parameter that an active adapter touches."""
         out = {}
+        active = [a for a in self.active_adapters if a not in self.merged_adapters]
         for name in self._adaptable():
-            delta = self.delta(name, [a for a in self.active_adapters if a not in self.merged_adapters])
+            fused = self._one_matrix(name, active[0]) if len(active) == 1 else None
+            if fused is not None:
+                out[name] = fused
+                continue
+            delta = self.delta(name, active)
             if delta is not None:
                 out[name] = self.base_layer.get_parameter(name) + delta
         return out
+
+    def _one_matrix(self, parameter: str, adapter: str) -> torch.Tensor | None:
+        """base + alpha/r A B in one operation, for a parameter that is a single block; else None."""
+        spec = next((p for p in self.spec.params if p.name == parameter), None)
+        if spec is None or len(spec.pieces) != 1 or adapter not in self.lora_A:
+            return None
+        block = spec.pieces[0].block
+        if block not in self.lora_A[adapter] or parameter.replace(".", "__") in self.lora_dense[adapter]:
+            return None
+        a, b, scale = self.lora_A[adapter][block], self.lora_B[adapter][block], self.scaling[adapter][block]
+        base = self.base_layer.get_parameter(parameter)
+        if base.numel() != a.shape[0] * b.shape[1]:  # the piece is a part of its block
+            return None
+        if spec.transpose:
+            return torch.addmm(base, b.T, a.T, alpha=scale)
+        return torch.addmm(base.view(a.shape[0], b.shape[1]), a, b, alpha=scale).view(spec.shape)
 
     def _adaptable(self) -> list[str]:
         names = [p.name for p in self.spec.params]
