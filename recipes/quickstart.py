@@ -38,7 +38,7 @@ from mace_lora import embedded_dft_path  # noqa: E402
 from mace_lora.atomic import write_text  # noqa: E402
 from mace_lora.evaluate.metrics import Errors, Predictions, errors, predict  # noqa: E402
 from mace_lora.evaluate.plots import learning_curve, parity  # noqa: E402
-from mace_lora.mace_plugin.base_model import embedded_base  # noqa: E402
+from mace_lora.mace_plugin.base_model import describe_base, embedded_base, prepare_base  # noqa: E402
 
 BIN = Path(sys.executable).parent
 # every method gets two learning rates and the same number of epochs; the better one on the
@@ -102,8 +102,7 @@ def evaluate(model: torch.nn.Module, folder: Path, split: str) -> Predictions:
 
 def zero_shot(folder: Path, fitted: torch.nn.Module) -> Predictions:
     """The base before training, with the energy references that the runs fitted."""
-    base = embedded_base(torch.float64)
-    base.atomic_energies_fn.atomic_energies.copy_(fitted.atomic_energies_fn.atomic_energies)
+    base = prepare_base(embedded_base(torch.float32), describe_base(fitted) | {"dtype": "float32"})
     return evaluate(base, folder, "test")
 
 
@@ -150,14 +149,16 @@ def main(
         predictions[label] = evaluate(models[best], folder, "test")
         adapter = folder / best / f"{best}-adapter" / "adapter_model.safetensors"
         kept = adapter if adapter.is_file() else folder / best / f"{best}.model"
-        rows.append(
-            (label, f"{RUNS[best][1]:g}", errors(predictions[label]), f"{kept.name}, {kept.stat().st_size // 1000} kB")
-        )
+        size = f"{'adapter' if kept == adapter else '.model'}, {kept.stat().st_size // 1000} kB"
+        rows.append((label, f"{RUNS[best][1]:g}", errors(predictions[label]), size))
     text = table(rows)
     write_text(folder / "table.md", text + "\n")
     parity(predictions, folder / "parity.png")
     learning_curve({f"{RUNS[n][0]}, lr {RUNS[n][1]:g}": curve(folder, n) for n in RUNS}, folder / "learning_curve.png")
     console.print(Markdown(text))
+    console.print(
+        "Energies aligned: the base with the isolated-atom energies that fit it best to the PBE0 training labels."
+    )
     console.print(f"100 unseen PBE0 frames; {time.time() - start:.0f} s on {jobs} core(s).")
     console.print(f"Everything is in {folder}/: table.md, parity.png, learning_curve.png, and a folder per run.")
 
