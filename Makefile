@@ -29,7 +29,8 @@ env-nequip: .venv-nequip/ready
 quickstart: .venv-mace/ready
 	$(THREADS) .venv-mace/bin/python -W ignore recipes/quickstart.py
 
-test: test-mace test-nequip
+# both environments first: a MACE test compares with the e3nn of the other
+test: .venv-mace/ready .venv-nequip/ready test-mace test-nequip
 
 test-mace: .venv-mace/ready
 	$(THREADS) .venv-mace/bin/python -m pytest $(ARGS)
