@@ -106,7 +106,8 @@ def test_merge_and_info_on_the_command_line(job, finished, tmp_path):
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
     shown = launch([BIN / "equitune", "info", adapter]).stdout
-    assert "degree_parity, 4, 4" in shown
+    assert "degree_parity" in shown
+    assert "4, 4" in shown
     assert read_adapter(adapter).metadata["base_fingerprint"][:20] in shown
     done = launch([BIN / "equitune", "merge", work / "run.model", adapter, "-o", tmp_path / "x.model"], check=False)
     assert done.returncode == 2
