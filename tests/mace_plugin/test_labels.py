@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("mace")
 
 from mace_lora.mace_plugin import labels
+from mace_lora.mace_plugin.protocol import SettingsError
 
 pytestmark = pytest.mark.mace
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.mace
 def arguments(path, **changes):
     values = {
         "heads": None, "train_file": str(path), "valid_file": None, "test_file": None,
-        "energy_key": "REF_energy", "forces_key": "REF_forces",
+        "energy_key": "REF_energy", "forces_key": "REF_forces", "energy_weight": 1.0, "forces_weight": 100.0,
     } | changes  # fmt: skip
     return argparse.Namespace(**values)
 
@@ -34,13 +35,21 @@ def frame(symbols="OH", energy=-1.0, forces=True):
     [
         [frame()],
         [frame("U", energy=-7.6e5, forces=False), frame()],  # all-electron energy of uranium
-        [frame(forces=False)],
         [frame(), ase.Atoms("He")],  # one frame without labels
     ],
 )
 def test_accepted(tmp_path, frames):
     ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
     labels.check_files(arguments(tmp_path / "a.xyz"))
+
+
+def test_energies_only_need_a_word(tmp_path):
+    ase.io.write(tmp_path / "a.xyz", [frame(forces=False)], format="extxyz")
+    labels.check_files(arguments(tmp_path / "a.xyz", forces_weight=0.0))
+    with pytest.raises(SettingsError, match=r"has no forces under --forces_key=REF_forces; .* set the weight"):
+        labels.check_files(arguments(tmp_path / "a.xyz"))
+    with pytest.raises(SettingsError, match=r"has no energies under --energy_key=E; its first frame has"):
+        labels.check_files(arguments(tmp_path / "a.xyz", energy_key="E", forces_weight=0.0))
 
 
 def test_energy_and_forces_in_ase_s_own_keys(tmp_path):
