@@ -1,7 +1,7 @@
 """What fine-tuning does to the base's own knowledge: errors on its held-out molecules.
 
 The embedded base (GFN2-xTB) is fine-tuned on 50 PBE0 frames of one molecule by full fine-tuning,
-LoRA, and LoRA with replay of 150 of the base's own training frames (a second head). Then the base's
+LoRA, and LoRA with replay of some of the base's own training frames (a second head). Then the base's
 held-out molecules are evaluated against GFN2-xTB: forces, and energies with the mean error of each
 molecule removed, because the fine-tuned models have the energy references of PBE0. A LoRA adapter
 that is switched off leaves the base exactly.
@@ -42,10 +42,11 @@ METHODS = {
 }
 
 
-def base_frames(part: str) -> list[ase.Atoms]:
-    """GFN2-xTB frames that come with the base: ``replay`` or ``heldout``."""
+def base_frames(part: str, elements: set[int]) -> list[ase.Atoms]:
+    """GFN2-xTB frames that come with the base, ``replay`` or ``heldout``, of the fine-tuned model's elements."""
     with gzip.open(EMBEDDED / "organic_small_frames.extxyz.gz", "rt") as handle:
-        return [f for f in ase.io.read(handle, ":", format="extxyz") if f.info["part"] == part]
+        frames = ase.io.read(handle, ":", format="extxyz")
+    return [f for f in frames if f.info["part"] == part and elements.issuperset(f.numbers)]
 
 
 def model_errors(model: Any, frames: list[ase.Atoms], head: str | None, per_molecule: bool) -> tuple[float, float]:
@@ -77,9 +78,10 @@ def one_run(method: str, molecule: str, seed: int, epochs: int, work: Path) -> d
     frames, folder = load_split(molecule, Path(), seed), work / name
     for part, content in (("train", frames.train), ("valid", frames.valid)):
         write(folder / f"{part}.xyz", content)
-    replay = base_frames("replay")
-    write(folder / "replay.xyz", replay[:150])
-    write(folder / "replay_valid.xyz", replay[150:])
+    elements = set(frames.train[0].numbers)
+    replay = base_frames("replay", elements)
+    write(folder / "replay.xyz", replay[:-15])
+    write(folder / "replay_valid.xyz", replay[-15:])
     torch.save(embedded_base(torch.float64), folder / "base.model")
     command = [
         str(Path(sys.executable).parent / "mace_run_train"), "--name", "run", "--seed", str(seed), "--foundation_model",
@@ -99,7 +101,7 @@ def one_run(method: str, molecule: str, seed: int, epochs: int, work: Path) -> d
         subprocess.run([*command, *METHODS[method]], check=True, stdout=log, stderr=log, env=env)
     model = torch.load(folder / "run.model", weights_only=False)  # written by this script
     own, new = ("pt_head", "Default") if "replay" in method else (None, None)
-    row = {"heldout": model_errors(model, base_frames("heldout"), own, True)}
+    row = {"heldout": model_errors(model, base_frames("heldout", elements), own, True)}
     row["test"] = model_errors(model, frames.test, new, False)
     write_text(result, json.dumps(row) + "\n")
     return row
@@ -119,13 +121,14 @@ def main(
     from mace_lora import embedded_base
 
     warnings.filterwarnings("ignore")
-    own = base_frames("heldout")
+    elements = set(load_split(molecule, Path(), 0).train[0].numbers)
+    own, replayed = base_frames("heldout", elements), len(base_frames("replay", elements)) - 15
     before = model_errors(embedded_base(torch.float64), own, None, True)
     lines = [
         f"# Forgetting: the embedded base after 50 PBE0 frames of {molecule}", "",
         f"{len(own)} GFN2-xTB frames of molecules that neither the base nor the fine-tuning has seen; energies with "
         "each molecule's mean error removed (meV/atom), forces in meV/Å; test: PBE0 frames of the fine-tuned molecule. "
-        f"Median (min–max) over seeds {seeds}; {epochs} epochs (replay {epochs // 4}, with 150 replay frames).",
+        f"Median (min–max) over seeds {seeds}; {epochs} epochs (replay {epochs // 4}, {replayed} frames).",
         f"Command: `python benchmarks/lora_forgetting.py --molecule {molecule}` ({datetime.date.today()}, mace-torch "
         f"{version('mace-torch')}, torch {version('torch')}).", "",
         "| model | own held-out E MAE | own held-out F MAE | new E MAE | new F MAE |", "|---|---|---|---|---|",
