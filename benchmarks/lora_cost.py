@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import datetime
 import gzip
+import itertools
 import os
 import platform
 import random
@@ -101,6 +102,8 @@ def method_model(method: str, base: Any) -> Any:
     from mace.modules.lora import inject_LoRAs
 
     from mace_lora import LoraConfig, apply_lora
+    from mace_lora.lora.by_element import enable
+    from mace_lora.mace_plugin.by_element import KERNELS
 
     model = copy.deepcopy(base)
     rank = int(method.rpartition("r")[2]) if " r" in method else 0
@@ -108,7 +111,10 @@ def method_model(method: str, base: Any) -> Any:
         return inject_LoRAs(model, rank=rank, alpha=rank).to(next(base.parameters()).device)
     if method.startswith("ours"):
         preset = "upstream" if "MACE's layers" in method else "degree_parity"
-        return apply_lora(model, LoraConfig(rank=rank, alpha=float(rank), preset=preset))
+        enable(
+            apply_lora(model, LoraConfig(rank=rank, alpha=float(rank), preset=preset)), KERNELS
+        )  # as the plugin does
+        return model
     return model.requires_grad_(True)
 
 
@@ -121,7 +127,7 @@ def stepper(model: Any, graph: dict[str, Any], labels: Any) -> Callable[[], None
     # the plugin asks for the fused step, upstream does not
     ours = any(".base_layer." in name for name, _ in model.named_parameters())
     optimizer = torch.optim.Adam([{"params": trained, "fused": ours or None}], lr=1e-5, amsgrad=True)
-    ema = ExponentialMovingAverage(trained, decay=0.99)
+    ema = ExponentialMovingAverage(averaged(model), decay=0.99)
     energy, forces = labels
 
     def step() -> None:
@@ -138,7 +144,21 @@ def stepper(model: Any, graph: dict[str, Any], labels: Any) -> Callable[[], None
     return step
 
 
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int, warmup: int) -> dict[str, list[float]]:
+def averaged(model: Any) -> list[Any]:
+    """Parameters under EMA: the trained ones with our plugin, upstream averages all of them."""
+    ours = any(".base_layer." in name for name, _ in model.named_parameters())
+    return [p for p in model.parameters() if p.requires_grad or not ours]
+
+
+def state_bytes(model: Any) -> int:
+    """Bytes of Adam's three moments (amsgrad) and of the EMA."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 3 * trained + sum(p.numel() * p.element_size() for p in averaged(model))
+
+
+def interleaved(
+    steps: dict[str, Callable[[], None]], rounds: int, warmup: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every step, a list per method; all methods in each round, in random order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     rng = random.Random(0)
@@ -146,10 +166,10 @@ def interleaved(steps: dict[str, Callable[[], None]], rounds: int, warmup: int) 
         order = list(steps)
         rng.shuffle(order)
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
             if number >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
@@ -166,16 +186,18 @@ def measure(base: str, options: dict[str, Any]) -> list[str]:
     from mace_lora import merge_lora, save_adapter
 
     dtype, device = getattr(torch, options["dtype"]), options["device"]
+    # a neighbour's load on the machine is not ours
+    clock = time.process_time if device == "cpu" else time.perf_counter
     frames = frames_of(options["batch"], options["data"], options["molecule"])
     model = select_elements(build(base, dtype), frames).to(device)
     graph, labels = graphs(model, frames)
     models = {m: method_model(m, model) for m in METHODS}
-    times = interleaved({m: stepper(x, graph, labels) for m, x in models.items()}, options["rounds"], 4)
+    times = interleaved({m: stepper(x, graph, labels) for m, x in models.items()}, options["rounds"], 4, clock)
     label = Path(base).name
     lines = [f"## {label}, {graph['positions'].shape[0]} atoms, {graph['edge_index'].shape[1]} edges", ""]
     lines += ["| step | ms | peak memory (MB) | optimiser + EMA (kB) |", "|---|---|---|---|"]
     for name, x in models.items():
-        states = sum(p.numel() * p.element_size() for p in x.parameters() if p.requires_grad) * 4 / 1e3
+        states = state_bytes(x) / 1e3
         memory = peak_memory(base, name, options)
         lines.append(f"| {name} | {1e3 * median(times[name]):.1f} | {memory:.0f} | {states:.0f} |")
     lines += ["", "| ratio | median (quartiles) |", "|---|---|"]
@@ -189,9 +211,8 @@ def measure(base: str, options: dict[str, Any]) -> list[str]:
         n: (lambda m=m: m(dict(graph), training=False, compute_force=True))
         for n, m in (("base", model), ("merged", merged))
     }
-    lines.append(
-        f"| inference, merged / base | {ratio(interleaved(plain, 3 * options['rounds'], 6), 'merged', 'base')} |"
-    )
+    inference = interleaved(plain, 3 * options["rounds"], 6, clock)
+    lines.append(f"| inference, merged / base | {ratio(inference, 'merged', 'base')} |")
     weights = 4 * sum(p.numel() for p in model.parameters())
     for rank in (16, 4):
         with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +225,7 @@ def measure(base: str, options: dict[str, Any]) -> list[str]:
 
 
 def peak_memory(base: str, method: str, options: dict[str, Any]) -> float:
-    """MB that three training steps add to a fresh process (CPU: resident set; CUDA: allocated)."""
+    """MB of tensors that a training step holds at its peak beyond model and optimiser, in a fresh process."""
     command = [sys.executable, "-W", "ignore", __file__, "peak", base, method, "--dtype", options["dtype"]]
     command += ["--device", options["device"], "--batch", str(options["batch"]), "--molecule", options["molecule"]]
     command += ["--data", str(options["data"])] if options["data"] else []
@@ -226,22 +247,19 @@ def peak(
     graph, labels = graphs(model, frames)
     model(dict(graph), training=False, compute_force=True)
     step = stepper(method_model(method, model), graph, labels)
-    before = resident("VmRSS")
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew (Linux)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 1e6
     for _ in range(3):
         step()
-    after = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else None
-    print((after or resident("VmHWM")) - before)
-
-
-def resident(field: str) -> float:
-    """Resident memory of this process in MB, now (VmRSS) or at its peak (VmHWM)."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) / 1e3
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        print((torch.cuda.max_memory_allocated() - before) / 1e6)
+        return
+    # what the allocator hands out, in order: resident memory also has the kernel's moods in it
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    print(max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 1e6)
 
 
 def start_up(pairs: int) -> str:
@@ -279,11 +297,12 @@ def main(
     torch.set_num_threads(threads)
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"
     options = {"data": data, "molecule": molecule, "batch": batch, "rounds": rounds, "device": device, "dtype": dtype}
+    command = " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:])
     lines = [
         "# Cost of LoRA", "",
-        f"{hardware}, {dtype}, batch of {batch}, {rounds} interleaved rounds, {datetime.date.today()}, mace-torch "
-        f"{version('mace-torch')}, torch {version('torch')}. Command: `python benchmarks/lora_cost.py "
-        + " ".join(f"--base {Path(b).name}" for b in base or ["embedded"]) + "`.", "",
+        f"{hardware}, {dtype}, batch of {batch}, {rounds} interleaved rounds of CPU time (wall time on a GPU), "
+        f"{datetime.date.today()}, mace-torch {version('mace-torch')}, torch {version('torch')}. Peak memory: tensors "
+        f"of a step beyond model and optimiser. Command: `python benchmarks/lora_cost.py {command}`.", "",
     ]  # fmt: skip
     for one in base or ["embedded"]:
         lines += measure(one, options)

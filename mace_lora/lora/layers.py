@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class AdapterLayer(nn.Module):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, torch.Tensor] = {}
+        # (base module, parameters, *inputs) -> output or None; see by_element.enable
+        self.kernel: Callable[..., torch.Tensor | None] | None = None
         base_layer.requires_grad_(False)
 
     def __getattr__(self, name: str) -> Any:
@@ -229,6 +231,10 @@ class AdapterLayer(nn.Module):
         parameters = self.effective_parameters()
         if not parameters:
             return self.base_layer(*args, **kwargs)
+        if self.kernel is not None and not kwargs and args[0].device.type == "cpu":
+            out = self.kernel(self.base_layer, parameters, *args)
+            if out is not None:
+                return out
         if self.spec.kind in _WEIGHT_ARGUMENT and parameters.keys() == {"weight"} and "weight" not in kwargs:
             return self.base_layer(*args, weight=parameters["weight"], **kwargs)
         return functional_call(self.base_layer, parameters, args, kwargs)

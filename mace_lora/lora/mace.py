@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mace_lora.mace_plugin import base_model, labels
+from mace_lora.mace_plugin.by_element import KERNELS
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
 from .adapter import load_tensors, read_adapter, save_adapter
+from .by_element import enable
 from .config import INITS, PRESETS
 from .fingerprint import fingerprint
 from .inject import apply_lora, apply_plan, merge_lora
@@ -118,6 +120,7 @@ class LoraPlugin(TrainPlugin):
         except ValueError as err:
             raise SettingsError(f"--lora: {err}") from err
         preflight(run, model, ADAPTER, fresh=start is None)
+        enable(model, KERNELS)
         return model
 
     def optimizer_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
