@@ -81,12 +81,14 @@ class ModuleSpec:
         blocks: low-rank blocks.
         params: tiling of each parameter that has blocks.
         dense: names of parameters that the ``degree_parity`` preset trains in full.
+        fitted: names of parameters or buffers whose update is set by a fit, never by a gradient.
     """
 
     kind: str
     blocks: tuple[Block, ...] = ()
     params: tuple[ParamSpec, ...] = ()
     dense: tuple[str, ...] = field(default=())
+    fitted: tuple[str, ...] = ()
 
 
 def is_kind(module: torch.nn.Module, name: str, module_suffix: str) -> bool:

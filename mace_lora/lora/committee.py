@@ -221,7 +221,7 @@ def _weights(layers: Sequence[AdapterLayer], names: Sequence[str]) -> Weights:
         for parameter in layer._adaptable():
             deltas = [layer.delta(parameter, [name]) for name in names]
             if parameter in layer._unmerged or any(d is not None for d in deltas):
-                base = layer._unmerged.get(parameter, layer.base_layer.get_parameter(parameter))
+                base = layer._unmerged.get(parameter, layer.base_value(parameter))
                 stack[parameter] = torch.stack([base if d is None else base + d for d in deltas])
         out.append((layer, stack))
     return out

@@ -92,7 +92,7 @@ class AdapterLayer(nn.Module):
         updates = nn.ParameterDict()
         for parameter in dense:
             updates[parameter.replace(".", "__")] = nn.Parameter(
-                torch.zeros_like(self.base_layer.get_parameter(parameter), requires_grad=False)
+                torch.zeros_like(self.base_value(parameter), requires_grad=False)
             )
         self.lora_A[name], self.lora_B[name], self.lora_dense[name] = factors_a, factors_b, updates
         self.r[name] = dict(ranks)
@@ -104,6 +104,12 @@ class AdapterLayer(nn.Module):
             if any(p.block == block for p in param.pieces):
                 return self.base_layer.get_parameter(param.name)
         raise KeyError(block)
+
+    def base_value(self, name: str) -> torch.Tensor:
+        """A parameter or buffer of the base module."""
+        owner, _, leaf = name.rpartition(".")
+        value: torch.Tensor = getattr(self.base_layer.get_submodule(owner), leaf)
+        return value
 
     def remove_adapter(self, name: str) -> None:
         """Delete one adapter; a merged one has to be unmerged first."""
@@ -136,7 +142,9 @@ class AdapterLayer(nn.Module):
         self._active_adapter = list(names)
         for store in (self.lora_A, self.lora_B, self.lora_dense):
             for name, factors in store.items():
-                factors.requires_grad_(name in self._active_adapter)
+                for key, factor in factors.items():
+                    fitted = store is self.lora_dense and key.replace("__", ".") in self.spec.fitted
+                    factor.requires_grad_(name in self._active_adapter and not fitted)
 
     def set_disabled(self, disabled: bool) -> None:
         """Bypass all adapters (base model), or use them again."""
@@ -196,7 +204,7 @@ class AdapterLayer(nn.Module):
                 continue
             delta = self.delta(name, active)
             if delta is not None:
-                out[name] = self.base_layer.get_parameter(name) + delta
+                out[name] = self.base_value(name) + delta
         return out
 
     def _one_matrix(self, parameter: str, adapter: str) -> torch.Tensor | None:
@@ -249,7 +257,7 @@ class AdapterLayer(nn.Module):
             delta = self.delta(parameter, names)
             if delta is None:
                 continue
-            base = self.base_layer.get_parameter(parameter)
+            base = self.base_value(parameter)
             self._unmerged.setdefault(parameter, base.detach().clone())
             base.add_(delta)
         self.merged_adapters += names
@@ -258,7 +266,7 @@ class AdapterLayer(nn.Module):
     def unmerge_all(self) -> None:
         """Restore the base weights bit for bit."""
         for parameter, value in self._unmerged.items():
-            self.base_layer.get_parameter(parameter).copy_(value)
+            self.base_value(parameter).copy_(value)
         self._unmerged.clear()
         self.merged_adapters = []
 

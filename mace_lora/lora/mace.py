@@ -20,8 +20,9 @@ from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 from .adapter import load_tensors, read_adapter, save_adapter
 from .by_element import enable
 from .config import INITS, PRESETS
+from .energies import MODULE, fit_references, reference_plan
 from .fingerprint import fingerprint
-from .inject import apply_lora, apply_plan, merge_lora
+from .inject import apply_plan, merge_lora, plan_lora
 from .mace_args import config_from, refuse_conflicts, refuse_unused, resolve_defaults
 from .preflight import preflight
 
@@ -37,6 +38,8 @@ class LoraPlugin(TrainPlugin):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add ``--lora_*`` and let ``--lora`` stand without a value."""
+        from mace.tools.arg_parser import str2bool
+
         actions = {a.dest: a for a in parser._actions}
         lora = actions["lora"]
         lora.nargs, lora.const = "?", True
@@ -67,6 +70,12 @@ class LoraPlugin(TrainPlugin):
             help="A ~ N(0, 1/r) (unit_delta, default) or N(0, 1) (elora, as published); B is 0",
         )
         group.add_argument("--lora_init_adapter", metavar="DIR", help="start from this adapter")
+        group.add_argument(
+            "--lora_refit_E0s",
+            type=str2bool,
+            help="at every best epoch, shift the energy references by least squares on the training frames; the "
+            "shift is part of the adapter (default True)",
+        )
         group.add_argument("--lora_weight_decay", type=float, help="weight decay of all adapter parameters (default 0)")
 
     def enabled(self, args: argparse.Namespace) -> bool:
@@ -110,12 +119,14 @@ class LoraPlugin(TrainPlugin):
         run.state["lora_metadata"] = _metadata(run, model)
         model = model.to(torch.device(run.args.device))
         try:
-            if start is None:
-                apply_lora(model, config, ADAPTER)
-            else:
+            plan = plan_lora(model, config) if start is None else list(start.plan)
+            if run.args.lora_refit_E0s and MODULE not in [p.name for p in plan]:
+                plan.append(reference_plan())
+            if start is not None:
                 run.state["lora_config"] = config = start.config
                 _check_start(run, start.metadata, model)
-                apply_plan(model, start.plan, config, ADAPTER)
+            apply_plan(model, plan, config, ADAPTER)
+            if start is not None:
                 load_tensors(model, start, ADAPTER, Path(run.args.lora_init_adapter))
         except ValueError as err:
             raise SettingsError(f"--lora: {err}") from err
@@ -134,6 +145,8 @@ class LoraPlugin(TrainPlugin):
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
         suffix = "_stagetwo-adapter" if stage_two else "-adapter"
         folder = Path(run.args.model_dir) / f"{run.args.name}{suffix}"
+        if run.args.lora_refit_E0s:
+            fit_references(model, ADAPTER, run.train_dataset)
         try:
             save_adapter(
                 model,

@@ -15,10 +15,10 @@ __all__ = ["config_from", "refuse_conflicts", "refuse_unused", "resolve_defaults
 
 # Flags that describe the adapter; an adapter given by --lora_init_adapter brings its own values.
 _SHAPE = ("lora_rank", "lora_alpha", "lora_preset", "lora_rank_pattern", "lora_targets", "lora_dense", "lora_init")
-_OTHER = ("lora_init_adapter", "lora_weight_decay")
+_OTHER = ("lora_init_adapter", "lora_weight_decay", "lora_refit_E0s")
 DEFAULTS: dict[str, Any] = {
     "lora_rank": 16, "lora_preset": "degree_parity", "lora_rank_pattern": "", "lora_dense": "preset",
-    "lora_init": "unit_delta", "lora_weight_decay": 0.0,
+    "lora_init": "unit_delta", "lora_weight_decay": 0.0, "lora_refit_E0s": True,
 }  # fmt: skip
 
 

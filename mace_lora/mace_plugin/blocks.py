@@ -1,4 +1,4 @@
-"""Blocks of the layers that only MACE defines: symmetric contraction and Bessel basis."""
+"""Blocks of the layers that only MACE defines: symmetric contraction, Bessel basis, energy references."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def describe(module: torch.nn.Module, parent: torch.nn.Module | None = None) -> 
         return _describe_contraction(module, parent)
     if is_kind(module, "BesselBasis", "modules.radial") and "bessel_weights" in module._parameters:
         return ModuleSpec("Bessel basis", dense=("bessel_weights",))
+    if is_kind(module, "AtomicEnergiesBlock", "modules.blocks"):
+        return ModuleSpec("energy references", fitted=("atomic_energies",))
     return None
 
 

@@ -13,7 +13,7 @@ TESTED = "0.3.16"
 # module -> name -> leading parameters that we pass or read
 EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "mace.data.utils": {"estimate_e0s_from_foundation": ("foundation_model",)},
-    "mace.tools.arg_parser": {"build_default_arg_parser": ()},
+    "mace.tools.arg_parser": {"build_default_arg_parser": (), "str2bool": ("value",)},
     "mace.tools.arg_parser_tools": {"check_args": ("args",)},
     "mace.tools.checkpoint": {
         "CheckpointBuilder": (),

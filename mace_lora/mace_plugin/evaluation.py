@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Batch", "Prediction", "batch_of", "energy_forces"]
+__all__ = ["Batch", "EnergyTable", "Prediction", "batch_of", "energy_forces", "energy_table"]
+
+_MAX_ATOMS = 2000
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,22 @@ class Prediction:
     forces: torch.Tensor
 
 
-def batch_of(dataset: Any, frames: int, device: torch.device, max_atoms: int = 2000) -> Batch:
+@dataclass(frozen=True)
+class EnergyTable:
+    """Energy residuals of labelled frames.
+
+    Attributes:
+        counts: (frames, elements), atoms of each element of the model.
+        residual: (frames,), label minus model in eV.
+        head: (frames,), the head that each frame belongs to.
+    """
+
+    counts: np.ndarray
+    residual: np.ndarray
+    head: np.ndarray
+
+
+def batch_of(dataset: Any, frames: int, device: torch.device, max_atoms: int = _MAX_ATOMS) -> Batch:
     """First frames of a dataset as one batch; leaves the training loader's random state alone.
 
     Args:
@@ -77,3 +95,40 @@ def energy_forces(model: nn.Module, batch: Batch) -> Prediction:
     finally:
         model.train(was_training)
     return Prediction(out["energy"].detach(), out["forces"].detach())
+
+
+@torch.no_grad()
+def energy_table(model: nn.Module, dataset: Any, max_frames: int) -> EnergyTable:
+    """Energy residuals of frames spread evenly over a dataset, without forces.
+
+    Args:
+        model: MACE model; its mode and the training loader's random state are left alone.
+        dataset: upstream's graphs.
+        max_frames: how many frames at most.
+    """
+    from mace.tools import torch_geometric
+
+    device, was_training = next(model.parameters()).device, model.training
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(max_frames, len(dataset))).round().astype(int))
+    counts, residual, heads = [], [], []
+    items: list[Any] = []
+    model.eval()
+    try:
+        for position, index in enumerate(chosen):
+            items.append(dataset[int(index)])
+            if position + 1 < len(chosen) and sum(int(i.num_nodes) for i in items) < _MAX_ATOMS:
+                continue
+            batch = torch_geometric.Batch.from_data_list(items).to(device)
+            items = []
+            energy = model(batch.to_dict(), training=False, compute_force=False)["energy"]
+            frames = len(energy)
+            per_frame = torch.zeros(frames, batch.node_attrs.shape[1], dtype=torch.float64, device=device)
+            per_frame.index_add_(0, batch.batch, batch.node_attrs.double())
+            labelled = (batch.energy_weight.reshape(-1) != 0).cpu().numpy()
+            head = batch.head.reshape(-1) if "head" in batch.keys else torch.zeros(frames)
+            counts.append(per_frame.cpu().numpy()[labelled])
+            residual.append((batch.energy.reshape(-1) - energy).double().cpu().numpy()[labelled])
+            heads.append(head.cpu().numpy().astype(int)[labelled])
+    finally:
+        model.train(was_training)
+    return EnergyTable(np.concatenate(counts), np.concatenate(residual), np.concatenate(heads))

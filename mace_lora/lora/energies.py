@@ -1,0 +1,94 @@
+"""Energy references of an adapter, refitted by least squares whenever the adapter is saved.
+
+Training on forces leaves the energies with an offset that the optimiser hardly sees: the loss of the
+energies per atom is orders of magnitude below that of the forces. The offset is linear in the numbers
+of atoms of each element, so that it has a closed-form solution on the training frames.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mace_lora.mace_plugin import evaluation
+
+from .inject import ModulePlan
+from .layers import AdapterLayer
+
+__all__ = ["MODULE", "ReferenceFit", "fit_references", "reference_plan", "solve_offsets"]
+
+MODULE, BUFFER = "atomic_energies_fn", "atomic_energies"
+# singular values below this share of the largest: combinations of elements that the data does not determine
+_CUTOFF = 0.05
+
+
+@dataclass(frozen=True)
+class ReferenceFit:
+    """What a fit did: root mean square residual per atom (eV/atom) before and after, on how many frames."""
+
+    before: float
+    after: float
+    frames: int
+
+
+def reference_plan() -> ModulePlan:
+    """Plan of the energy references' update, for :func:`apply_plan`."""
+    return ModulePlan(MODULE, {}, (BUFFER,))
+
+
+def solve_offsets(counts: np.ndarray, residual: np.ndarray) -> np.ndarray:
+    """Minimum-norm offsets of the elements that explain energy residuals per atom.
+
+    Args:
+        counts: (frames, elements), atoms of each element.
+        residual: (frames,), label minus model in eV.
+
+    Returns:
+        (elements,) in eV. Combinations of elements that the frames hardly determine stay at zero:
+        for frames of one composition only the composition's own energy is shifted.
+    """
+    atoms = counts.sum(1, keepdims=True)
+    solution: np.ndarray = np.linalg.lstsq(counts / atoms, residual / atoms[:, 0], rcond=_CUTOFF)[0]
+    return solution
+
+
+@torch.no_grad()
+def fit_references(model: nn.Module, adapter: str, dataset: Any, max_frames: int = 200) -> ReferenceFit | None:
+    """Set the adapter's update of the energy references to the least-squares solution, in place.
+
+    Args:
+        model: model in which the adapter was added with :func:`reference_plan`.
+        adapter: its name.
+        dataset: upstream's training graphs; frames without an energy label are left out.
+        max_frames: so many frames, spread evenly over the dataset.
+
+    Returns:
+        residuals before and after, or None where no frame has an energy.
+    """
+    layer = model.get_submodule(MODULE)
+    assert isinstance(layer, AdapterLayer)
+    update = layer.lora_dense[adapter][BUFFER]
+    table = evaluation.energy_table(model, dataset, max_frames)
+    if not len(table.residual):
+        return None
+    by_head = update.view(-1, update.shape[-1])  # heads x elements
+    after = table.residual.copy()
+    for head in range(by_head.shape[0]):
+        mine = table.head == head
+        if not mine.any():
+            continue
+        offsets = solve_offsets(table.counts[mine], table.residual[mine])
+        by_head[head] += torch.as_tensor(offsets).to(by_head)
+        after[mine] -= table.counts[mine] @ offsets
+    atoms = table.counts.sum(1)
+    rms = [float(np.sqrt(np.mean((r / atoms) ** 2))) for r in (table.residual, after)]
+    logging.info(
+        "equitune: energy references refitted on %d frames: rms residual %.2f -> %.2f meV/atom",
+        len(atoms), 1e3 * rms[0], 1e3 * rms[1],
+    )  # fmt: skip
+    return ReferenceFit(rms[0], rms[1], len(atoms))
