@@ -47,8 +47,8 @@ LORA = ["--lora"]
 RUNS = {
     "full_lr0.002": ("full fine-tuning", 0.002, []),
     "full_lr0.005": ("full fine-tuning", 0.005, []),
-    "lora_lr0.005": ("LoRA, rank 16", 0.005, LORA),
     "lora_lr0.01": ("LoRA, rank 16", 0.01, LORA),
+    "lora_lr0.02": ("LoRA, rank 16", 0.02, LORA),
 }
 SPLITS = ("train", "valid", "test")
 

@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["INITS", "PRESETS", "LoraConfig", "parse_rank_pattern"]
 
 PRESETS = ("degree_parity", "upstream")
-INITS = ("unit_delta", "elora")
+INITS = ("scaled", "elora")
 _KINDS = {
     "degree_parity": None,  # every kind we can describe
     "upstream": ("o3.Linear", "nn.Linear", "e3nn MLP"),  # what MACE's own --lora adapts
@@ -49,9 +49,9 @@ class LoraConfig:
         exclude: regular expressions of modules to leave out.
         dense: regular expressions of parameter names to train in full; None takes the preset's
             choice, an empty tuple trains none.
-        init: ``"unit_delta"`` draws A ~ N(0, 1/r), for contractions a further 1/n_paths, so that a
-            step changes W by about the learning rate at every rank; ``"elora"`` leaves out the 1/r,
-            as published. B starts at zero in both.
+        init: ``"scaled"`` draws A ~ N(0, 0.1/r), so that a step of B changes W by a third of the
+            learning rate at every rank and A has room to turn (measured: README); ``"elora"`` draws
+            A ~ N(0, 1) as published. For contractions A is 1/n_paths times that; B starts at zero.
         clip_rank: lower r to min(m, n) where it is larger; off because the published parameter
             counts do not clip.
 
@@ -69,7 +69,7 @@ class LoraConfig:
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     dense: tuple[str, ...] | None = None
-    init: str = "unit_delta"
+    init: str = "scaled"
     clip_rank: bool = False
 
     def __post_init__(self) -> None:

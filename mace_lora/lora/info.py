@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .adapter import CONFIG_FILE, read_adapter
+from .adapter import CONFIG_FILE, AdapterFile, read_adapter
 from .blocks import describe
+from .energies import MODULE
 from .fingerprint import fingerprint
 
 __all__ = ["describe_adapter", "describe_model", "is_adapter"]
@@ -41,9 +42,26 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         "initialisation": saved.config.init,
         "modules": len(saved.plan),
         "parameters": sum(t.numel() for t in saved.tensors.values()),
-        "trained in full": [f"{m.name}.{d}" for m in saved.plan for d in m.dense],
+        "trained in full": [f"{m.name}.{d}" for m in saved.plan for d in m.dense if m.name != MODULE],
+        **_shift(saved),
         **saved.metadata,
         **{k: v for k, v in saved.run.items() if k != "format"},
+    }
+
+
+def _shift(saved: AdapterFile) -> dict[str, Any]:
+    """The adapter's shift of the energy references, eV by head and element."""
+    found = [v for k, v in saved.tensors.items() if f".{MODULE}.lora_dense." in k]
+    if not found:
+        return {}
+    elements = [str(z) for z in saved.metadata.get("elements", [])]
+    heads = saved.metadata.get("heads", [])
+    rows = found[0].reshape(-1, found[0].shape[-1]).tolist()
+    return {
+        "shift of the E0s (eV)": {
+            head: {z: round(e, 6) for z, e in zip(elements, row, strict=True)}
+            for head, row in zip(heads, rows, strict=True)
+        }
     }
 
 

@@ -86,7 +86,7 @@ class AdapterLayer(nn.Module):
         factors_a, factors_b = nn.ParameterDict(), nn.ParameterDict()
         for key, rank in ranks.items():
             block, like = blocks[key], self._like(key)
-            std = block.init_scale * (1.0 / math.sqrt(rank) if config.init == "unit_delta" else 1.0)
+            std = block.init_scale * (math.sqrt(0.1 / rank) if config.init == "scaled" else 1.0)
             factors_a[key] = nn.Parameter(torch.randn(block.m, rank, dtype=like.dtype, device=like.device) * std)
             factors_b[key] = nn.Parameter(torch.zeros(rank, block.n, dtype=like.dtype, device=like.device))
         updates = nn.ParameterDict()

@@ -67,7 +67,7 @@ class LoraPlugin(TrainPlugin):
         group.add_argument(
             "--lora_init",
             choices=INITS,
-            help="A ~ N(0, 1/r) (unit_delta, default) or N(0, 1) (elora, as published); B is 0",
+            help="A ~ N(0, 0.1/r) (scaled, default) or N(0, 1) (elora, as published); B is 0",
         )
         group.add_argument("--lora_init_adapter", metavar="DIR", help="start from this adapter")
         group.add_argument(

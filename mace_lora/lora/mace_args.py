@@ -18,7 +18,7 @@ _SHAPE = ("lora_rank", "lora_alpha", "lora_preset", "lora_rank_pattern", "lora_t
 _OTHER = ("lora_init_adapter", "lora_weight_decay", "lora_refit_E0s")
 DEFAULTS: dict[str, Any] = {
     "lora_rank": 16, "lora_preset": "degree_parity", "lora_rank_pattern": "", "lora_dense": "preset",
-    "lora_init": "unit_delta", "lora_weight_decay": 0.0, "lora_refit_E0s": True,
+    "lora_init": "scaled", "lora_weight_decay": 0.0, "lora_refit_E0s": True,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from mace_lora import LoraConfig, parse_rank_pattern
 
 def test_defaults():
     config = LoraConfig()
-    assert (config.rank, config.alpha, config.preset, config.init) == (16, 16.0, "degree_parity", "unit_delta")
+    assert (config.rank, config.alpha, config.preset, config.init) == (16, 16.0, "degree_parity", "scaled")
     assert config.scaling_of(16) == 1.0
     assert LoraConfig(rank=16, alpha=16, use_rslora=True).scaling_of(16) == 4.0
 
@@ -18,7 +18,7 @@ def test_defaults():
         ({"alpha": -1}, r"alpha: expected a positive number, got -1"),
         ({"alpha": float("nan")}, r"alpha: expected a positive number"),
         ({"preset": "best"}, r"preset: expected one of degree_parity, upstream, got 'best'"),
-        ({"init": "pissa"}, r"init: expected one of unit_delta, elora, got 'pissa'"),
+        ({"init": "pissa"}, r"init: expected one of scaled, elora, got 'pissa'"),
         ({"rank_pattern": {"1x": 2}}, r"rank_pattern: expected irreps such as '0e' or '1o', got '1x'"),
         ({"rank_pattern": {"1o": -2}}, r"rank_pattern\['1o'\]: expected an integer >= 0, got -2"),
         ({"targets": "readouts"}, r"targets: expected a sequence of regular expressions, got the string"),
