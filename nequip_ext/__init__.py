@@ -1,7 +1,26 @@
 """equitune's NequIP extension: imported by every ``import nequip``, hence light.
 
 NequIP interns this package into packaged models, so nothing here may import peft, transformers
-or hydra.
+or hydra. What configs name (``_target_: nequip_ext.PaiNN``) is loaded on first use.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "LoRA": "nequip_ext.lora.builder",
+    "PaiNN": "nequip_ext.painn.model",
+    "SaveAdapter": "nequip_ext.lora.callback",
+}
+
+__all__ = ["LoRA", "PaiNN", "SaveAdapter"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,8 +7,7 @@ slots with the same irrep (Schur's lemma). A :class:`Block` is one such matrix s
 upstream packages' own describers, MACE's symmetric contraction.
 """
 
-from __future__ import annotations
-
+# no postponed annotations: dataclasses could not resolve them in a module inside a NequIP package
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ __all__ = ["Block", "ModuleSpec", "ParamSpec", "Piece", "block_matrices", "descr
 
 # Modules with a ``describe(module, parent)`` for layers that only an upstream package defines.
 # They are duck-typed and import nothing from their upstream.
-EXTENSIONS = ["mace_lora.mace_plugin.blocks"]
+EXTENSIONS = ["mace_lora.mace_plugin.blocks", "nequip_ext.lora.blocks"]
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,14 @@ class ParamSpec:
         shape: shape of the parameter.
         pieces: tiles in memory order.
         transpose: the parameter stores the block as (n, m), as ``nn.Linear`` does.
+        columns: the parameter is a matrix and the pieces stand side by side, each with all its rows.
     """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     transpose: bool = False
+    columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,11 @@ def block_matrices(spec: ModuleSpec, values: Mapping[str, torch.Tensor]) -> dict
     for param in spec.params:
         if param.name not in values:
             continue
-        flat, start = values[param.name].detach().reshape(-1).double(), 0
+        value = values[param.name].detach().double()
+        flat, start = value.reshape(-1), 0
+        if param.columns:
+            widths = [p.cols[1] - p.cols[0] for p in param.pieces]
+            flat = torch.cat([part.reshape(-1) for part in value.split(widths, 1)])
         for piece in param.pieces:
             matrix = matrices.setdefault(piece.block, flat.new_zeros(shapes[piece.block]))
             tile = flat[start : start + piece.numel]

@@ -1,7 +1,6 @@
 """LoRA settings, presets and their validation."""
 
-from __future__ import annotations
-
+# no postponed annotations: dataclasses could not resolve them in a module inside a NequIP package
 import math
 import re
 from collections.abc import Mapping
@@ -130,7 +129,7 @@ class LoraConfig:
         return out
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> "LoraConfig":
         """Inverse of :meth:`to_dict`; an unknown key is an error.
 
         Raises:

@@ -15,6 +15,7 @@ __all__ = ["fingerprint", "layer_fingerprint"]
 # and the e3nn version.
 _BUFFERS = {
     "atomic_numbers", "r_max", "atomic_energies", "scale", "shift", "scales", "shifts", "bessel_weights",
+    "_rmax_recip", "norm_const",
 }  # fmt: skip
 
 
@@ -31,7 +32,8 @@ def fingerprint(model: nn.Module) -> str:
         64 hexadecimal digits.
     """
     tensors = _base_tensors(model)
-    digest = hashlib.sha256(type(model).__name__.encode())
+    # NequIP's compiled wrapper holds the same model
+    digest = hashlib.sha256(type(model).__name__.replace("CompileGraphModel", "GraphModel").encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu()
         value = value.to(torch.float32) if value.is_floating_point() else value.to(torch.int64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -59,7 +61,20 @@ class AdapterLayer(nn.Module):
         self._unmerged: dict[str, torch.Tensor] = {}
         # (base module, parameters, *inputs) -> output or None; see by_element.enable
         self.kernel: Callable[..., torch.Tensor | None] | None = None
+        # NequIP's packages: stand in for the merged base when pickled
+        self.pickle_merged = False
         base_layer.requires_grad_(False)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self.pickle_merged:
+            return super().__reduce_ex__(protocol)
+        merged = copy.deepcopy(self.base_layer)
+        with torch.no_grad():
+            for name, value in self.effective_parameters().items():
+                owner, _, leaf = name.rpartition(".")
+                getattr(merged.get_submodule(owner), leaf).copy_(value)
+        # an expression of the standard library whose value is the merged module
+        return operator.getitem, ((merged.requires_grad_(True),), 0)
 
     def __getattr__(self, name: str) -> Any:
         # Upstream reads attributes of the wrapped layer (irreps_out, weight_numel, …).
@@ -183,6 +198,14 @@ class AdapterLayer(nn.Module):
         if not products:
             return None
         like = next(iter(products.values()))
+        if spec.columns:
+            tiles = [
+                products[p.block][:, slice(*p.cols)]
+                if p.block in products
+                else like.new_zeros(spec.shape[0], p.cols[1] - p.cols[0])
+                for p in spec.pieces
+            ]
+            return torch.cat(tiles, 1)
         flat = []
         for piece in spec.pieces:
             product = products.get(piece.block)
@@ -216,7 +239,7 @@ class AdapterLayer(nn.Module):
         if block not in self.lora_A[adapter] or parameter.replace(".", "__") in self.lora_dense[adapter]:
             return None
         a, b, scale = self.lora_A[adapter][block], self.lora_B[adapter][block], self.scaling[adapter][block]
-        base = self.base_layer.get_parameter(parameter)
+        base = self.base_value(parameter)
         if base.numel() != a.shape[0] * b.shape[1]:  # the piece is a part of its block
             return None
         if spec.transpose:

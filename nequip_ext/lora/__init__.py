@@ -1,0 +1,1 @@
+"""LoRA for models of the NequIP framework, by config keys."""

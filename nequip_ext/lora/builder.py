@@ -1,0 +1,149 @@
+"""``_target_: nequip_ext.LoRA``: any NequIP-framework model with a LoRA adapter in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mace_lora.lora.adapter import load_tensors, read_adapter
+from mace_lora.lora.config import LoraConfig
+from mace_lora.lora.coverage import coverage
+from mace_lora.lora.fingerprint import fingerprint
+from mace_lora.lora.inject import ModulePlan, adapter_layers, adapter_names, apply_plan, plan_lora
+from nequip_ext.upstream.build import is_packaging
+
+from .metadata import base_metadata, check_adapter
+
+__all__ = ["ADAPTER", "LoRA"]
+
+ADAPTER = "default"
+_LOG = logging.getLogger("equitune")
+
+
+def LoRA(
+    model: Mapping[str, Any] | nn.Module,
+    rank: int = 16,
+    alpha: float | None = None,
+    preset: str = "degree_parity",
+    rank_pattern: Mapping[str, int] | None = None,
+    module_rank_pattern: Mapping[str, int] | None = None,
+    targets: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    dense: Sequence[str] | None = None,
+    init: str = "scaled",
+    adapter: str | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Wrap a model: its weights are frozen, and one low-rank pair for every irrep (l, p) trains.
+
+    Args:
+        model: config of the inner model (any ``_target_``: a builder, ``ModelFromPackage``,
+            ``ModelFromCheckpoint``, ``nequip.model.modify``), or a built model.
+        rank: rank of every block.
+        alpha: the update is scaled by alpha/rank; default the rank.
+        preset: ``degree_parity``.
+        rank_pattern: irrep to rank, e.g. ``{0e: 16, 1o: 8}``.
+        module_rank_pattern: regular expression of module names to rank.
+        targets: regular expressions of the modules to adapt; default all.
+        exclude: regular expressions of modules to leave out.
+        dense: regular expressions of parameters to train in full, e.g. ``[type_embed]``; default the
+            Bessel frequencies and Allegro's weights that are no matrices.
+        init: ``scaled`` or ``elora``.
+        adapter: folder of an adapter to start from; it brings its own rank, targets, ….
+        seed: of the random factors.
+
+    Returns:
+        the same model (a GraphModel, or a checkpoint's ModuleDict with one) with the adapter.
+
+    Raises:
+        ValueError: a setting out of range, nothing matches, or the adapter belongs to another base.
+    """
+    built = model if isinstance(model, nn.Module) else _build(model)
+    inner: Any = built
+    if isinstance(built, nn.ModuleDict):  # a checkpoint's models by name
+        if len(built) != 1:
+            raise ValueError(f"model: nequip_ext.LoRA adapts one model, got {list(built)}; wrap each of them")
+        inner = next(iter(built.values()))
+    if adapter_names(inner):
+        raise ValueError("model: it has LoRA adapters already; wrap the base, or give 'adapter' to continue from one")
+    arguments: dict[str, Any] = {
+        "rank": rank, "alpha": float(rank) if alpha is None else alpha, "preset": preset, "init": init,
+        "rank_pattern": dict(rank_pattern or {}), "module_rank_pattern": dict(module_rank_pattern or {}),
+        "targets": targets, "exclude": tuple(exclude), "dense": dense,
+    }  # fmt: skip
+    config = LoraConfig(**arguments)
+    metadata = base_metadata(inner) | {"base_fingerprint": fingerprint(inner), "base_model": _source(model)}
+    if adapter is not None:
+        changed = [k for k, v in arguments.items() if k != "alpha" and v != _plain(k)]
+        if changed:
+            raise ValueError(f"{changed[0]}: the adapter given by 'adapter' brings its own; drop one of the two keys")
+    saved = None if adapter is None else read_adapter(adapter)
+    if saved is not None:
+        check_adapter(saved, metadata, Path(str(adapter)))
+        config = saved.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        plan = plan_lora(inner, config) if saved is None else list(saved.plan)
+        plan += _references(inner, plan)
+        apply_plan(inner, plan, config, ADAPTER)
+    if saved is not None:
+        load_tensors(inner, saved, ADAPTER, Path(str(adapter)))
+    inner.equitune_metadata = metadata
+    inner.equitune_config = config.to_dict()
+    _merge_when_packaged(inner)
+    _LOG.info("LoRA coverage\n%s", coverage(inner))
+    return built
+
+
+def _plain(name: str) -> Any:
+    """Default of a setting as LoRA passes it to LoraConfig."""
+    return {"rank": 16, "preset": "degree_parity", "init": "scaled", "rank_pattern": {}, "module_rank_pattern": {},
+            "targets": None, "exclude": (), "dense": None}[name]  # fmt: skip
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    content = dict(config)
+    target = content.pop("_target_", None)
+    if target is None:
+        raise ValueError(f"model: expected a config with a '_target_', got keys {sorted(content)}")
+    try:
+        builder = pkgutil.resolve_name(str(target))
+    except (ImportError, AttributeError, ValueError) as err:
+        raise ValueError(f"model: cannot import _target_ {target!r} ({err})") from err
+    built: nn.Module = builder(**content)
+    return built
+
+
+def _source(model: Mapping[str, Any] | nn.Module) -> str | None:
+    """What the base is, for the adapter's card: the file it was read from, or the builder."""
+    if isinstance(model, nn.Module):
+        return None
+    content: Any = model
+    while isinstance(content.get("model"), Mapping):  # modify
+        content = content["model"]
+    return str(content.get("package_path") or content.get("checkpoint_path") or content.get("_target_"))
+
+
+def _references(model: nn.Module, plan: Sequence[ModulePlan]) -> list[ModulePlan]:
+    """Plan of the per-type shifts' update, where the model has shifts and the plan does not have them."""
+    planned = {p.name for p in plan}
+    return [
+        ModulePlan(name, {}, ("shifts",))
+        for name, module in model.named_modules()
+        if type(module).__name__ == "PerTypeScaleShift" and getattr(module, "has_shifts", False)
+        and module.field == "atomic_energy" and name not in planned
+    ]  # fmt: skip
+
+
+def _merge_when_packaged(model: nn.Module) -> None:
+    """During ``nequip-package`` the layers pickle as their merged base, unless EQUITUNE_PACKAGE=unmerged."""
+    if is_packaging():
+        for layer in adapter_layers(model).values():
+            layer.pickle_merged = os.environ.get("EQUITUNE_PACKAGE", "merged") != "unmerged"

@@ -1,0 +1,13 @@
+"""Private functions used while models are built; never part of a package."""
+
+from __future__ import annotations
+
+from nequip.model.energy_modules import _append_energy_modules as append_energy_modules
+from nequip.scripts._workflow_utils import get_workflow_state
+
+__all__ = ["append_energy_modules", "is_packaging"]
+
+
+def is_packaging() -> bool:
+    """Whether ``nequip-package`` is building the model."""
+    return get_workflow_state() == "package"

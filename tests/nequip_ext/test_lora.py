@@ -1,0 +1,148 @@
+"""nequip_ext.LoRA on NequIP, Allegro and PaiNN: coverage, identity, files, errors."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("nequip")
+
+from e3nn import o3
+from nequip_models import MODELS, build, energy_forces, lora, molecule, randomise
+
+import nequip_ext
+from mace_lora import LoraConfig, apply_lora, coverage, disabled_adapters, fingerprint, merge_lora, save_adapter
+from mace_lora.lora.blocks import block_matrices, describe
+from mace_lora.lora.inject import adapter_layers
+
+pytestmark = pytest.mark.nequip
+TIGHT = {"atol": 1e-10, "rtol": 0}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def name(request):
+    if request.param == "allegro":
+        pytest.importorskip("allegro")
+    return request.param
+
+
+def test_what_is_adapted(name):
+    kinds = {r.kind for r in coverage(lora(name, rank=2)).rows}
+    expected = {
+        "nequip": {"o3.Linear", "o3.FullyConnectedTensorProduct", "NequIP MLP", "Bessel basis", "energy references"},
+        "allegro": {"NequIP MLP", "Allegro contraction", "energy references"},
+        "painn": {"o3.Linear", "NequIP MLP", "energy references"},
+    }
+    assert kinds == expected[name]
+
+
+def test_identity_training_merge_and_pickle(name):
+    data, base = molecule(), build(name)
+    model = lora(name, rank=2)
+    before = energy_forces(base, data)
+    torch.testing.assert_close(energy_forces(model, data), before, **TIGHT)
+    assert fingerprint(model) == fingerprint(base)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".lora_" in n and "shifts" not in n for n in trained)
+    randomise(model)
+    after = energy_forces(model, data)
+    assert (after[1] - before[1]).abs().max() > 1e-4
+    with disabled_adapters(model):
+        torch.testing.assert_close(energy_forces(model, data), before, **TIGHT)
+    for layer in adapter_layers(model).values():
+        layer.pickle_merged = True  # as nequip-package does
+    packaged = pickle.loads(pickle.dumps(model))
+    assert not adapter_layers(packaged)
+    assert not any("lora" in n for n in packaged.state_dict())
+    torch.testing.assert_close(energy_forces(packaged, data), after, **TIGHT)
+    torch.testing.assert_close(energy_forces(merge_lora(copy.deepcopy(model)), data), after, **TIGHT)
+
+
+def test_equivariance_and_inversion(name):
+    model = lora(name, rank=2)
+    randomise(model)
+    energy, forces = energy_forces(model, molecule())
+    for sign in (1.0, -1.0):
+        rotation = sign * o3.rand_matrix().double()
+        energy_r, forces_r = energy_forces(model, molecule(rotation))
+        torch.testing.assert_close(energy_r, energy, atol=1e-9, rtol=0)
+        torch.testing.assert_close(forces_r, forces @ rotation.T, atol=1e-9, rtol=0)
+
+
+def test_adapter_file_on_the_same_base_and_on_another(name, tmp_path):
+    data, model = molecule(), lora(name, rank=2)
+    randomise(model)
+    config = LoraConfig.from_dict(model.equitune_config)
+    save_adapter(model, tmp_path, config=config, metadata=model.equitune_metadata, dtype=torch.float64)
+    again = lora(name, adapter=str(tmp_path))
+    torch.testing.assert_close(energy_forces(again, data), energy_forces(model, data), **TIGHT)
+    with pytest.raises(ValueError, match="trained on another base model: expected fingerprint"):
+        lora(name, {"seed": 7}, adapter=str(tmp_path))
+    with pytest.raises(ValueError, match=r"type_names: expected \['H', 'C', 'O'\], got \['C', 'H', 'O'\]"):
+        lora(name, {"type_names": ["C", "H", "O"]}, adapter=str(tmp_path))
+    with pytest.raises(ValueError, match=r"r_max: expected 4.0, got 4.5"):
+        lora(name, {"r_max": 4.5}, adapter=str(tmp_path))
+    with pytest.raises(ValueError, match="rank: the adapter given by 'adapter' brings its own"):
+        lora(name, adapter=str(tmp_path), rank=4)
+
+
+def test_adapter_of_a_mace_base_is_refused(tmp_path):
+    model = apply_lora(build("painn"), LoraConfig(rank=2))
+    save_adapter(model, tmp_path, metadata={"base_model": "MACE-OFF23_small.model"})
+    with pytest.raises(ValueError, match=r"made for a MACE model \(MACE-OFF23_small.model\), the model"):
+        lora("painn", adapter=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
+        ({"targets": ["no_such_layer"]}, r"targets: no layer matches targets=\('no_such_layer',\)"),
+        ({"rank_pattern": {"7e": 2}}, "rank_pattern: the model has no weights of irrep 7e"),
+        ({"dense": ["nothing"]}, "dense: no parameter matches 'nothing'"),
+        ({"preset": "other"}, "preset: expected one of"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lora("nequip", **settings)
+
+
+def test_models_that_cannot_be_built():
+    with pytest.raises(ValueError, match="model: expected a config with a '_target_'"):
+        nequip_ext.LoRA(model={"r_max": 4.0})
+    with pytest.raises(ValueError, match=r"model: cannot import _target_ 'nequip.model.Nothing'"):
+        nequip_ext.LoRA(model={"_target_": "nequip.model.Nothing"})
+    with pytest.raises(ValueError, match="it has LoRA adapters already"):
+        nequip_ext.LoRA(model=lora("painn"))
+    with pytest.raises(ValueError, match=r"nequip_ext.LoRA adapts one model, got"):
+        nequip_ext.LoRA(model=torch.nn.ModuleDict({"a": build("painn"), "b": build("painn")}))
+
+
+def test_dense_part_can_be_chosen():
+    model = lora("nequip", dense=["type_embed"])
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_dense." in n]
+    assert [n for n in trained if "type_embed" in n]
+    assert not [n for n in trained if "bessel" in n]
+
+
+def test_allegro_contraction_blocks_are_its_paths_by_irrep():
+    pytest.importorskip("allegro")
+    module = next(m for m in build("allegro").modules() if type(m).__name__ == "Contracter")
+    spec = describe(module)
+    weights = module.weights.detach()
+    matrices = block_matrices(spec, {"weights": weights})
+    outs = [str(module.irreps_out[o].ir) for _, _, o in spec_instructions(module)]
+    for irrep, matrix in matrices.items():
+        columns = [i for i, out in enumerate(outs) if out == irrep]
+        torch.testing.assert_close(matrix, weights[:, columns].double())
+
+
+def spec_instructions(module):
+    from nequip_ext.lora.blocks import _instructions
+
+    found = _instructions(module)
+    assert len(found) == module.num_paths
+    return found

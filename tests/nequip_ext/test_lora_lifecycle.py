@@ -1,0 +1,146 @@
+"""nequip-train, restart, nequip-package, nequip-compile and ASE with nequip_ext.LoRA, end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nequip")
+pytestmark = pytest.mark.nequip
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+# Energies (eV) and sums of |F| of three frames; with "block" as where equitune is not installed.
+PREDICT = """
+import importlib.metadata as metadata, json, sys
+if sys.argv[2] == "block":
+    for name in ("mace_lora", "nequip_ext"):
+        sys.modules[name] = None
+    found = metadata.entry_points
+    metadata.entry_points = lambda **k: (
+        [e for e in found(**k) if e.value.split(".")[0] not in ("mace_lora", "nequip_ext")] if k else found()
+    )
+import ase.io, torch
+from nequip.data import compute_neighborlist_, from_ase
+from nequip.utils.global_state import set_global_state
+set_global_state()
+if len(sys.argv) > 3:
+    import nequip_ext
+    target = "nequip.model.ModelFromCheckpoint"
+    shifts = {"modifier": "modify_PerTypeScaleShift", "shifts": json.loads(sys.argv[4])}
+    base = {"_target_": "nequip.model.modify", "modifiers": [shifts],
+            "model": {"_target_": target, "checkpoint_path": sys.argv[1]}}
+    model = nequip_ext.LoRA(model=base, adapter=sys.argv[3])["sole_model"]
+elif sys.argv[1].endswith(".pt2"):
+    from nequip.integrations.ase import NequIPCalculator
+    model = None
+else:
+    from nequip.model.saved_models import load_saved_model
+    model = load_saved_model(sys.argv[1])
+rows = []
+for atoms in ase.io.read("mace_lora/embedded/glycolamide_pbe0.extxyz.gz", "0:3", format="extxyz"):
+    if model is None:
+        atoms.calc = NequIPCalculator.from_compiled_model(sys.argv[1], device="cpu")
+        rows.append([atoms.get_potential_energy(), float(abs(atoms.get_forces()).sum())])
+        continue
+    data = compute_neighborlist_(from_ase(atoms), r_max=5.0)
+    data["atom_types"] = torch.tensor([model.type_names.index(s) for s in atoms.get_chemical_symbols()])
+    out = model(data)
+    rows.append([float(out["total_energy"]), float(out["forces"].abs().sum())])
+print(json.dumps(rows))
+"""
+SHIFTS = {"H": -13.615017, "C": -1027.520060, "N": -1482.448560, "O": -2038.810301}
+
+
+def call(*arguments: object, check: bool = True, **environment: str) -> str:
+    """Run a command with one thread; returns its output."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+    done = subprocess.run(
+        [str(a) for a in arguments], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def train(config: str, *overrides: str, check: bool = True) -> str:
+    return call(BIN / "nequip-train", "-cd", "recipes/configs", "-cn", config, *overrides, check=check)
+
+
+def predict(*arguments: object) -> list:
+    return json.loads(call(sys.executable, "-c", PREDICT, *arguments).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A base and a LoRA run by the configs of recipes/, shortened."""
+    folder = tmp_path_factory.mktemp("nequip")
+    train("nequip_scratch", "epochs=1", f"folder={folder}/base")
+    log = train("nequip_lora", "epochs=3", f"folder={folder}/lora", f"base={folder}/base/best.ckpt")
+    (folder / "lora.log").write_text(log)
+    return folder
+
+
+def close(a, b, energy: float, forces: float) -> bool:
+    return all(abs(x[0] - y[0]) < energy and abs(x[1] - y[1]) < forces for x, y in zip(a, b, strict=True))
+
+
+def test_what_training_prints_and_writes(work):
+    log = (work / "lora.log").read_text()
+    assert "LoRA coverage" in log
+    assert "identity at start: largest difference of energies and forces [0.0, 0.0]" in log
+    assert "energy reference check: mean (label - model)" in log
+    assert "energy shifts refitted on 50 frames" in log
+    assert {p.name for p in (work / "lora" / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md",
+    }  # fmt: skip
+
+
+def test_adapter_in_a_fresh_process_is_the_trained_model(work):
+    """1e-6 eV per atom, 9 atoms; energies near -7725 eV are float64 in NequIP."""
+    trained = predict(work / "lora" / "best.ckpt", "")
+    again = predict(work / "base" / "best.ckpt", "", work / "lora" / "adapter", json.dumps(SHIFTS))
+    assert close(trained, again, 9e-6, 1e-3)
+
+
+def test_restart_continues_from_the_last_epoch(work, tmp_path):
+    log = train(
+        "nequip_lora", "epochs=4", f"folder={tmp_path}", f"base={work}/base/best.ckpt",
+        f"++ckpt_path={work}/lora/last.ckpt",
+    )  # fmt: skip
+    assert "identity at start" not in log
+    assert "best epoch 3" in log
+    assert "best epoch 0" not in log
+
+
+def test_packages_need_nothing_of_ours(work):
+    trained = predict(work / "lora" / "best.ckpt", "")
+    for kind in ("merged", "unmerged"):
+        package = work / f"{kind}.nequip.zip"
+        call(BIN / "nequip-package", "build", work / "lora" / "best.ckpt", package, EQUITUNE_PACKAGE=kind)
+        assert close(predict(package, "block"), trained, 1e-5, 1e-3)
+    listing = call(BIN / "nequip-package", "list", work / "merged.nequip.zip")
+    assert "mace_lora" not in listing
+    assert "nequip_ext" not in listing
+
+
+def test_compiled_model_in_ase(work):
+    compiled = work / "lora.nequip.pt2"
+    call(
+        BIN / "nequip-compile", work / "lora" / "best.ckpt", compiled, "--mode", "aotinductor", "--device", "cpu",
+        "--target", "ase",
+    )  # fmt: skip
+    assert close(predict(compiled, "block"), predict(work / "lora" / "best.ckpt", ""), 1e-3, 1e-2)
+
+
+def test_callback_without_lora_or_checkpoint(work, tmp_path):
+    common = (f"folder={tmp_path}", f"base={work}/base/best.ckpt", "epochs=1")
+    log = train("nequip_lora", *common, "training_module.model._target_=nequip.model.modify",
+                "~training_module.model.rank", "+training_module.model.modifiers=[]", check=False)  # fmt: skip
+    assert "SaveAdapter: expected one model built by nequip_ext.LoRA, got 0" in log
+    log = train("nequip_lora", *common, "trainer.callbacks.0.monitor=null", "+trainer.callbacks.0.save_top_k=1",
+                check=False)  # fmt: skip
+    assert "SaveAdapter: expected a ModelCheckpoint callback with 'monitor'" in log
