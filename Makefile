@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = -m pip --disable-pip-version-check -q
+EXTRA_nequip = ,allegro
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: help quickstart test test-mace test-nequip lint format env-mace env-nequip clean
@@ -23,7 +24,7 @@ env-nequip: .venv-nequip/ready
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python $(PIP) install -U pip
 	.venv-$*/bin/python $(PIP) install $(TORCH)
-	.venv-$*/bin/python $(PIP) install -c constraints.txt hatchling editables -e ".[$*,dev]"
+	.venv-$*/bin/python $(PIP) install -c constraints.txt hatchling editables -e ".[$*,dev$(EXTRA_$*)]"
 	touch $@
 
 quickstart: .venv-mace/ready

@@ -40,6 +40,8 @@ def LoRA(
     init: str = "scaled",
     adapter: str | None = None,
     seed: int = 0,
+    model_dtype: str | None = None,
+    compile_mode: str | None = None,
 ) -> nn.Module:
     """Wrap a model: its weights are frozen, and one low-rank pair for every irrep (l, p) trains.
 
@@ -58,6 +60,7 @@ def LoRA(
         init: ``scaled`` or ``elora``.
         adapter: folder of an adapter to start from; it brings its own rank, targets, ….
         seed: of the random factors.
+        model_dtype, compile_mode: for the inner model, as if written there.
 
     Returns:
         the same model (a GraphModel, or a checkpoint's ModuleDict with one) with the adapter.
@@ -65,7 +68,7 @@ def LoRA(
     Raises:
         ValueError: a setting out of range, nothing matches, or the adapter belongs to another base.
     """
-    built = model if isinstance(model, nn.Module) else _build(model)
+    built = model if isinstance(model, nn.Module) else _build(_with(model, model_dtype, compile_mode))
     inner: Any = built
     if isinstance(built, nn.ModuleDict):  # a checkpoint's models by name
         if len(built) != 1:
@@ -106,6 +109,14 @@ def _plain(name: str) -> Any:
     """Default of a setting as LoRA passes it to LoraConfig."""
     return {"rank": 16, "preset": "degree_parity", "init": "scaled", "rank_pattern": {}, "module_rank_pattern": {},
             "targets": None, "exclude": (), "dense": None}[name]  # fmt: skip
+
+
+def _with(config: Mapping[str, Any], model_dtype: str | None, compile_mode: str | None) -> dict[str, Any]:
+    """The config with these keys set in its innermost model."""
+    if isinstance(config.get("model"), Mapping):  # nequip.model.modify
+        return dict(config) | {"model": _with(config["model"], model_dtype, compile_mode)}
+    given = {"model_dtype": model_dtype, "compile_mode": compile_mode}
+    return dict(config) | {k: v for k, v in given.items() if v is not None}
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
