@@ -8,6 +8,7 @@ of atoms of each element, so that it has a closed-form solution on the training 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,14 +59,14 @@ def solve_offsets(counts: np.ndarray, residual: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def fit_references(model: nn.Module, adapter: str, dataset: Any, max_frames: int = 200) -> ReferenceFit | None:
+def fit_references(model: nn.Module, adapter: str, dataset: Any, chosen: Sequence[int]) -> ReferenceFit | None:
     """Set the adapter's update of the energy references to the least-squares solution, in place.
 
     Args:
         model: model in which the adapter was added with :func:`reference_plan`.
         adapter: its name.
-        dataset: upstream's training graphs; frames without an energy label are left out.
-        max_frames: so many frames, spread evenly over the dataset.
+        dataset: upstream's training graphs.
+        chosen: indices of the frames; those without an energy label are left out.
 
     Returns:
         residuals before and after, or None where no frame has an energy.
@@ -73,7 +74,7 @@ def fit_references(model: nn.Module, adapter: str, dataset: Any, max_frames: int
     layer = model.get_submodule(MODULE)
     assert isinstance(layer, AdapterLayer)
     update = layer.lora_dense[adapter][BUFFER]
-    table = evaluation.energy_table(model, dataset, max_frames)
+    table = evaluation.energy_table(model, dataset, chosen)
     if not len(table.residual):
         return None
     by_head = update.view(-1, update.shape[-1])  # heads x elements

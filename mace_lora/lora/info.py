@@ -10,8 +10,10 @@ from torch import nn
 
 from .adapter import CONFIG_FILE, AdapterFile, read_adapter
 from .blocks import describe
-from .energies import MODULE
 from .fingerprint import fingerprint
+
+_FITTED = ("atomic_energies", "shifts")  # set by a fit, not by training
+_SHIFTS = tuple(f".lora_dense.{name}" for name in _FITTED)
 
 __all__ = ["describe_adapter", "describe_model", "is_adapter"]
 
@@ -42,7 +44,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         "initialisation": saved.config.init,
         "modules": len(saved.plan),
         "parameters": sum(t.numel() for t in saved.tensors.values()),
-        "trained in full": [f"{m.name}.{d}" for m in saved.plan for d in m.dense if m.name != MODULE],
+        "trained in full": [f"{m.name}.{d}" for m in saved.plan for d in m.dense if not d.endswith(_FITTED)],
         **_shift(saved),
         **saved.metadata,
         **{k: v for k, v in saved.run.items() if k != "format"},
@@ -50,16 +52,16 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _shift(saved: AdapterFile) -> dict[str, Any]:
-    """The adapter's shift of the energy references, eV by head and element."""
-    found = [v for k, v in saved.tensors.items() if f".{MODULE}.lora_dense." in k]
+    """The adapter's shift of the energy references in eV: by head and element (MACE), or by type (NequIP)."""
+    found = [v for k, v in saved.tensors.items() if k.endswith(_SHIFTS)]
     if not found:
         return {}
-    elements = [str(z) for z in saved.metadata.get("elements", [])]
-    heads = saved.metadata.get("heads", [])
-    rows = found[0].reshape(-1, found[0].shape[-1]).tolist()
+    names = [str(z) for z in saved.metadata.get("elements") or saved.metadata.get("type_names") or []]
+    heads = saved.metadata.get("heads") or ["all"]
+    rows = found[0].reshape(len(heads), -1).tolist()
     return {
-        "shift of the E0s (eV)": {
-            head: {z: round(e, 6) for z, e in zip(elements, row, strict=True)}
+        "shift of the energy references (eV)": {
+            head: {z: round(e, 6) for z, e in zip(names if len(row) > 1 else ["all"], row, strict=True)}
             for head, row in zip(heads, rows, strict=True)
         }
     }

@@ -15,6 +15,7 @@ from torch import nn
 
 from mace_lora.mace_plugin import base_model, labels
 from mace_lora.mace_plugin.by_element import KERNELS
+from mace_lora.mace_plugin.evaluation import spread
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
 from .adapter import load_tensors, read_adapter, save_adapter
@@ -29,6 +30,7 @@ from .preflight import preflight
 __all__ = ["LoraPlugin"]
 
 ADAPTER = "default"
+_FIT_FRAMES = 200  # of each head, for the refit of the energy references
 
 
 class LoraPlugin(TrainPlugin):
@@ -146,7 +148,9 @@ class LoraPlugin(TrainPlugin):
         suffix = "_stagetwo-adapter" if stage_two else "-adapter"
         folder = Path(run.args.model_dir) / f"{run.args.name}{suffix}"
         if run.args.lora_refit_E0s:
-            fit_references(model, ADAPTER, run.train_dataset)
+            if "lora_fit_frames" not in run.state:
+                run.state["lora_fit_frames"] = spread(run.train_dataset, _FIT_FRAMES)
+            fit_references(model, ADAPTER, run.train_dataset, run.state["lora_fit_frames"])
         try:
             save_adapter(
                 model,

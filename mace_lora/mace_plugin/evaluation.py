@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Batch", "EnergyTable", "Prediction", "batch_of", "energy_forces", "energy_table"]
+__all__ = ["Batch", "EnergyTable", "Prediction", "batch_of", "energy_forces", "energy_table", "spread"]
 
 _MAX_ATOMS = 2000
 
@@ -97,19 +98,36 @@ def energy_forces(model: nn.Module, batch: Batch) -> Prediction:
     return Prediction(out["energy"].detach(), out["forces"].detach())
 
 
+def spread(dataset: Any, max_frames: int) -> list[int]:
+    """Indices of up to ``max_frames`` frames of each head, spread evenly over the dataset.
+
+    Args:
+        dataset: upstream's graphs; of very large ones only a part is looked at.
+        max_frames: how many frames at most for a head.
+    """
+    looked_at = np.unique(np.linspace(0, len(dataset) - 1, min(50 * max_frames, len(dataset))).round().astype(int))
+    by_head: dict[int, list[int]] = {}
+    for index in looked_at:
+        by_head.setdefault(int(getattr(dataset[int(index)], "head", 0) or 0), []).append(int(index))
+    chosen = []
+    for found in by_head.values():
+        places = np.linspace(0, len(found) - 1, min(max_frames, len(found))).round().astype(int)
+        chosen += [found[i] for i in np.unique(places)]
+    return sorted(chosen)
+
+
 @torch.no_grad()
-def energy_table(model: nn.Module, dataset: Any, max_frames: int) -> EnergyTable:
-    """Energy residuals of frames spread evenly over a dataset, without forces.
+def energy_table(model: nn.Module, dataset: Any, chosen: Sequence[int]) -> EnergyTable:
+    """Energy residuals of some frames of a dataset, without forces.
 
     Args:
         model: MACE model; its mode and the training loader's random state are left alone.
         dataset: upstream's graphs.
-        max_frames: how many frames at most.
+        chosen: indices of the frames.
     """
     from mace.tools import torch_geometric
 
     device, was_training = next(model.parameters()).device, model.training
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(max_frames, len(dataset))).round().astype(int))
     counts, residual, heads = [], [], []
     items: list[Any] = []
     model.eval()

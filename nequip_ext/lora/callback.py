@@ -60,10 +60,12 @@ class SaveAdapter(lightning.Callback):
         """Checks; a fresh adapter gets its first shift of the energies.
 
         Raises:
-            ValueError: no adapter in the model, no ModelCheckpoint, or the adapted model is not its base.
+            ValueError: no adapter in the model, no ModelCheckpoint, the optimiser would change the base, or
+                the adapted model is not its base.
         """
         model = adapted_model(pl_module)
         _checkpoint(trainer)
+        _check_optimizers(trainer)
         fresh = trainer.ckpt_path is None and all(
             bool((b == 0).all()) for la in adapter_layers(model).values() for b in la.lora_B[ADAPTER].values()
         )
@@ -157,6 +159,17 @@ def adapted_model(pl_module: Any) -> Any:
             "'_target_: nequip_ext.LoRA'"
         )
     return found[0]
+
+
+def _check_optimizers(trainer: lightning.Trainer) -> None:
+    """Muon's optimiser updates parameters without gradients: the frozen base must not be among them."""
+    for optimizer in trainer.optimizers:
+        muon = any("use_muon" in group for group in optimizer.param_groups)
+        if muon and not all(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} would decay and update the frozen base; expected groups of "
+                "trained parameters only; set 'param_groups: {_target_: nequip_ext.MuonParamGroups, muon: …, adam: …}'"
+            )
 
 
 def _checkpoint(trainer: lightning.Trainer) -> ModelCheckpoint:

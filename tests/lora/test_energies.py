@@ -12,6 +12,7 @@ pytest.importorskip("mace")
 from mace_lora import LoraConfig, apply_lora, fingerprint, load_adapter, merge_lora, save_adapter
 from mace_lora.lora.energies import MODULE, fit_references, reference_plan, solve_offsets
 from mace_lora.lora.inject import apply_plan, disabled_adapters, plan_lora
+from mace_lora.mace_plugin.evaluation import spread
 
 pytestmark = [pytest.mark.mace, pytest.mark.usefixtures("double")]
 
@@ -76,7 +77,7 @@ def test_fit_is_exact_and_belongs_to_the_adapter(heads, tmp_path):
     randomise(model, std=0.003)
     offsets = [[0.1, -0.2, 0.3], [-0.4, 0.5, 0.05]][: len(heads)]
     before = fingerprint(model)
-    fit = fit_references(model, "default", frames(model, list(heads), offsets))
+    fit = fit_references(model, "default", frames(model, list(heads), offsets), range(12))
     assert fit.frames == 12
     assert fit.before > 0.05
     assert fit.after < 1e-10
@@ -99,11 +100,22 @@ def test_unlabelled_frames_do_not_count():
     dataset = frames(model, ["Default"], [[0.1, 0.1, 0.1]])
     for item in dataset[1:]:
         item.energy_weight = torch.zeros(())
-    assert fit_references(model, "default", dataset).frames == 1
+    assert fit_references(model, "default", dataset, range(12)).frames == 1
     dataset[0].energy_weight = torch.zeros(())
-    assert fit_references(model, "default", dataset) is None
+    assert fit_references(model, "default", dataset, range(12)) is None
 
 
 def test_not_part_of_plain_lora():
     model = apply_lora(build_mace(hidden="4x0e"), LoraConfig(rank=2))
     assert not any(n.startswith(f"{MODULE}.lora") for n, _ in model.named_parameters())
+
+
+def test_every_head_gets_its_frames():
+    model = build_mace(hidden="4x0e", heads=("a", "b"))
+    mixed = frames(model, ["a", "b"], [[0.0] * 3] * 2)
+    few = [f for f in mixed if int(f.head) == 1][:2]
+    many = [f for f in mixed if int(f.head) == 0] * 20
+    chosen = spread(many + few, 10)
+    assert chosen[-2:] == [len(many), len(many) + 1]
+    assert len(chosen) == 12
+    assert max(np.diff(chosen[:10])) <= 14

@@ -136,6 +136,30 @@ def test_compiled_model_in_ase(work):
     assert close(predict(compiled, "block"), predict(work / "lora" / "best.ckpt", ""), 1e-3, 1e-2)
 
 
+def base_weights(checkpoint: Path) -> dict:
+    import torch
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
+    return {n: v for n, v in state.items() if ".base_layer." in n and n.startswith("model.")}
+
+
+def test_muon_leaves_the_base_alone(work, tmp_path):
+    def optimizer(groups: str) -> str:
+        settings = "muon: {lr: 0.01, weight_decay: 0.1}, adam: {lr: 0.01}"
+        content = f"{{_target_: nequip.train.MuonWithAuxAdam, param_groups: {{_target_: {groups}, {settings}}}}}"
+        return f"+training_module.optimizer={content}"
+
+    common = (
+        "epochs=1", f"folder={tmp_path}", f"base={work}/base/best.ckpt", "run=[train]", "~training_module.optimizer",
+    )  # fmt: skip
+    log = train("nequip_lora", *common, optimizer("nequip.model.MuonParamGroups"), check=False)
+    assert "optimizer: MuonWithAuxAdam would decay and update the frozen base" in log
+    train("nequip_lora", *common, optimizer("nequip_ext.MuonParamGroups"))
+    before, after = (base_weights(p) for p in (work / "lora" / "best.ckpt", tmp_path / "best.ckpt"))
+    assert before.keys() == after.keys()
+    assert all((before[n] == after[n]).all() for n in before)
+
+
 def test_callback_without_lora_or_checkpoint(work, tmp_path):
     common = (f"folder={tmp_path}", f"base={work}/base/best.ckpt", "epochs=1")
     log = train("nequip_lora", *common, "training_module.model._target_=nequip.model.modify",
