@@ -1,0 +1,188 @@
+"""LoRA against full fine-tuning in NequIP: accuracy at 50 + 50 labels, by nequip-train itself.
+
+The base is a NequIP model pre-trained on the GFN2-xTB frames of the embedded base's recipe. Both methods get the
+same frames, budget, aligned energy references and a learning-rate sweep on the first seed; the best on its
+validation frames (geometric mean of energy and force MAE) is run on the other seeds. One JSON per run.
+
+Command:  python benchmarks/nequip_lora.py base --frames build/embedded_base/train.extxyz
+          python benchmarks/nequip_lora.py run --data DIR --sets ethanol,3bpa
+          python benchmarks/nequip_lora.py table
+Cost:     base about 1 hour on one CPU thread, runs 2 to 6 minutes.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import ase.io
+import numpy as np
+import typer
+from datasets import load_split, write
+
+from mace_lora.atomic import write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "nequip_lora"
+WORK = Path("build/nequip_lora")
+LRS = {"full": (0.001, 0.002, 0.005), "lora": (0.01, 0.02, 0.04)}
+KEYS = {"mae_e": "total_energy_mae", "mae_f": "forces_mae", "rmse_f": "forces_rmse"}
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+Results = Annotated[Path, typer.Option(help="one JSON per run")]
+
+
+def nequip_train(config: str, log: Path, *overrides: str) -> None:
+    """Run the real command from the repository root with one thread."""
+    program = str(Path(sys.executable).parent / "nequip-train")
+    command = [program, "-cd", str(ROOT / "recipes" / "configs"), "-cn", config]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as handle:
+        subprocess.run([*command, *overrides], cwd=ROOT, env=env, check=True, stdout=handle, stderr=handle)
+
+
+@app.command()
+def base(
+    frames: Annotated[Path, typer.Option(help="GFN2-xTB frames with REF_energy and REF_forces")],
+    epochs: Annotated[int, typer.Option(help="epochs")] = 12,
+    valid: Annotated[int, typer.Option(help="validation frames")] = 500,
+    work: Annotated[Path, typer.Option(help="runs")] = WORK,
+) -> None:
+    """Pre-train the base; continues an interrupted run."""
+    folder = (work / "base").resolve()
+    count = len(ase.io.read(frames, ":", format="extxyz"))
+    sizes = f"train: {count - 2 * valid}, val: {valid}, test: {valid}"
+    split = f"data.split_dataset={{file_path: {frames.resolve()}, {sizes}}}"
+    restart = [f"++ckpt_path={folder}/last.ckpt"] if (folder / "last.ckpt").is_file() else []
+    nequip_train(
+        "nequip_scratch", folder / "log.txt", split, f"folder={folder}", f"epochs={epochs}", "batch_size=20",
+        "lr=0.005",
+        f"training_module.lr_scheduler.scheduler.gamma={0.02 ** (1 / epochs):.4f}",
+        "training_module.ema_decay=0.999", "training_module.loss.coeffs={total_energy: 10.0, forces: 100.0}", *restart,
+    )  # fmt: skip
+    print(f"base: {folder / 'best.ckpt'}")
+
+
+def aligned_shifts(checkpoint: Path, frames: list[Any]) -> dict[str, float]:
+    """The base's shifts plus the least-squares offset to the labels (eV), the same for both methods."""
+    import torch
+    from nequip.data import compute_neighborlist_, from_ase
+    from nequip.model.saved_models import load_saved_model
+    from nequip.utils.global_state import set_global_state
+
+    set_global_state()
+    model = load_saved_model(str(checkpoint))
+    names = list(model.type_names)
+    shifts = next(v for n, v in model.state_dict().items() if n.endswith("scale_shift.shifts")).reshape(-1).tolist()
+    residual, counts = [], []
+    for atoms in frames:
+        data = compute_neighborlist_(from_ase(atoms), r_max=5.0)
+        data["atom_types"] = torch.tensor([names.index(s) for s in atoms.get_chemical_symbols()])
+        residual.append(atoms.info["REF_energy"] - float(model(data)["total_energy"]))
+        counts.append([atoms.get_chemical_symbols().count(n) for n in names])
+    offset = np.linalg.lstsq(np.array(counts, float), np.array(residual), rcond=None)[0]
+    return {n: float(s + o) for n, s, o in zip(names, shifts, offset, strict=True)}
+
+
+def one_run(name: str, method: str, lr: float, seed: int, epochs: int, data: Path, work: Path, results: Path) -> Any:
+    """Train, test and store one run; a stored one is read."""
+    target = results / f"{name}__{method}__lr{lr:g}__s{seed}__e{epochs}.json"
+    if target.is_file():
+        return json.loads(target.read_text())
+    frames, folder = load_split(name, data, seed), (work / target.stem).resolve()
+    files = {part: write(folder / f"{part}.xyz", getattr(frames, part)) for part in ("train", "valid", "test")}
+    checkpoint = (work / "base" / "best.ckpt").resolve()
+    shifts = ", ".join(f"{k}: {v}" for k, v in aligned_shifts(checkpoint, frames.train).items())
+    paths = f"train_file_path: {files['train'].resolve()}, val_file_path: {files['valid'].resolve()}"
+    start = time.time()
+    nequip_train(
+        f"nequip_{method}", folder / "log.txt", f"folder={folder}", f"base={checkpoint}", f"lr={lr}", f"seed={seed}",
+        f"epochs={epochs}", f"E0s_pbe0={{{shifts}}}", "~data.split_dataset",
+        *[f"+data.{x.replace(': ', '=')}" for x in f"{paths}, test_file_path: {files['test'].resolve()}".split(", ")],
+        f"training_module.lr_scheduler.scheduler.gamma={0.2 ** (1 / epochs):.5f}",
+        "trainer.enable_progress_bar=false",
+        *([f"+training_module.model.seed={seed}"] if method == "lora" else []),
+    )  # fmt: skip
+    with next((folder / "lightning_logs").glob("*/metrics.csv")).open() as handle:
+        log = list(csv.DictReader(handle))
+    row: dict[str, Any] = {"set": name, "method": method, "lr": lr, "seed": seed, "epochs": epochs}
+    row |= {"wall_s": round(time.time() - start, 1), "curve": []}
+    best = None
+    for line in log:
+        if line.get("val0_epoch/weighted_sum"):
+            values = {k: 1e3 * float(line[f"val0_epoch/{v}"]) for k, v in KEYS.items()}
+            row["curve"].append(round(values["mae_f"], 2))
+            if best is None or float(line["val0_epoch/weighted_sum"]) < best:
+                best, row["valid"] = float(line["val0_epoch/weighted_sum"]), values
+        if line.get("test0_epoch/forces_mae"):
+            row["test"] = {k: 1e3 * float(line[f"test0_epoch/{v}"]) for k, v in KEYS.items()}
+    write_text(target, json.dumps(row) + "\n")
+    shutil.rmtree(folder)
+    return row
+
+
+def score(row: dict[str, Any]) -> float:
+    """Geometric mean of the validation energy and force MAE."""
+    return float(np.sqrt(row["valid"]["mae_e"] * row["valid"]["mae_f"]))
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Option(help="folder of the public data sets")],
+    sets: Annotated[str, typer.Option(help="comma-separated data sets")] = "ethanol,aspirin,3bpa",
+    seeds: Annotated[str, typer.Option(help="the first is used for the sweep")] = "0,1,2",
+    epochs: Annotated[int, typer.Option(help="epochs of 10 steps")] = 100,
+    work: Annotated[Path, typer.Option(help="runs, and the base")] = WORK,
+    results: Results = RESULTS,
+) -> None:
+    """Run what is missing; stop at any time."""
+    results.mkdir(parents=True, exist_ok=True)
+    first, *rest = [int(s) for s in seeds.split(",")]
+    for name in sets.split(","):
+        for method, lrs in LRS.items():
+            rows = [one_run(name, method, lr, first, epochs, data, work, results) for lr in lrs]
+            best = min(rows, key=score)["lr"]
+            rows += [one_run(name, method, best, seed, epochs, data, work, results) for seed in rest]
+            for row in rows:
+                errors = f"E {row['test']['mae_e']:.1f}, F {row['test']['mae_f']:.1f}"
+                print(f"{name} {method} lr {row['lr']:g} seed {row['seed']}: {errors}", flush=True)
+    print(f"results in {results}")
+
+
+@app.command()
+def table(results: Results = RESULTS) -> None:
+    """Write nequip_lora.md from the finished runs."""
+    rows = [json.loads(p.read_text()) for p in sorted(results.glob("*.json"))]
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for row in rows:
+        groups.setdefault((row["set"], row["method"]), []).append(row)
+    lines = ["# LoRA in NequIP at 50 + 50 labels", "", __doc__.split("\n\n")[1].replace("\n", " "), ""]
+    lines += [f"E in meV (whole frame), F in meV/Å, median (min–max) over seeds; nequip {version('nequip')}, "
+              f"{datetime.date.today()}, one CPU thread a run.", ""]  # fmt: skip
+    lines += ["| set | method | lr | seeds | E MAE | F MAE | F RMSE |", "|---|---|---|---|---|---|---|"]
+    for (name, method), group in sorted(groups.items()):
+        first = min(r["seed"] for r in group)
+        best = min((r for r in group if r["seed"] == first), key=score)["lr"]
+        mine = [r["test"] for r in group if r["lr"] == best]
+        cells = []
+        for key in KEYS:
+            values = [t[key] for t in mine]
+            cells.append(f"{median(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+        lines.append(f"| {name} | {method} | {best:g} | {len(mine)} | {' | '.join(cells)} |")
+    write_text(results.parent / "nequip_lora.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    print(f"written: {results.parent / 'nequip_lora.md'}")
+
+
+if __name__ == "__main__":
+    app()
