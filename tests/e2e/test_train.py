@@ -136,10 +136,12 @@ def test_yaml_config_and_flags(job, tmp_path):
     train(job, tmp_path / "w", lora=None, config=tmp_path / "config.yaml", max_num_epochs=1, lora_dense="none")
     saved = read_adapter(tmp_path / "w" / "run-adapter")
     assert {p.name for p in saved.plan} == {
+        "atomic_energies_fn",  # their shift is fitted, not trained
         "interactions.0.linear_up", "interactions.1.linear_up", "readouts.0.linear", "readouts.1.linear_1",
         "readouts.1.linear_2",
     }  # fmt: skip
-    assert dict(saved.plan[1].ranks) == {"0e": 3, "1o": 1}
+    ranks = {p.name: dict(p.ranks) for p in saved.plan}
+    assert ranks["interactions.1.linear_up"] == {"0e": 3, "1o": 1}
 
 
 def test_start_from_an_adapter(job, finished, tmp_path):
@@ -147,8 +149,9 @@ def test_start_from_an_adapter(job, finished, tmp_path):
     log = train(job, tmp_path, lora_init_adapter=work / "run-adapter", lora_rank=None, max_num_epochs=1, lr=1e-9).stdout
     assert "identity at start" not in log
     first, second = (read_adapter(w / "run-adapter").tensors for w in (work, tmp_path))
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=0)
+    for name in first:  # the refit of the energies sees float32 rounding of -7725 eV
+        atol = 1e-3 if "atomic_energies" in name else 1e-5
+        torch.testing.assert_close(first[name], second[name], atol=atol, rtol=0)
 
 
 def test_only_adapter_in_one_optimiser_group(job, tmp_path):
