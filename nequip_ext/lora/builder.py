@@ -76,20 +76,20 @@ def LoRA(
         inner = next(iter(built.values()))
     if adapter_names(inner):
         raise ValueError("model: it has LoRA adapters already; wrap the base, or give 'adapter' to continue from one")
-    arguments: dict[str, Any] = {
-        "rank": rank, "alpha": float(rank) if alpha is None else alpha, "preset": preset, "init": init,
-        "rank_pattern": dict(rank_pattern or {}), "module_rank_pattern": dict(module_rank_pattern or {}),
-        "targets": targets, "exclude": tuple(exclude), "dense": dense,
-    }  # fmt: skip
-    config = LoraConfig(**arguments)
+    config = LoraConfig(
+        rank=rank, alpha=float(rank) if alpha is None else alpha, preset=preset, init=init,
+        rank_pattern=dict(rank_pattern or {}), module_rank_pattern=dict(module_rank_pattern or {}),
+        targets=None if targets is None else tuple(targets), exclude=tuple(exclude),
+        dense=None if dense is None else tuple(dense),
+    )  # fmt: skip
     metadata = base_metadata(inner) | {"base_fingerprint": fingerprint(inner), "base_model": _source(model)}
+    saved = None
     if adapter is not None:
-        changed = [k for k, v in arguments.items() if k != "alpha" and v != _plain(k)]
+        changed = [k for k, v in config.to_dict().items() if v != LoraConfig().to_dict()[k]]
         if changed:
             raise ValueError(f"{changed[0]}: the adapter given by 'adapter' brings its own; drop one of the two keys")
-    saved = None if adapter is None else read_adapter(adapter)
-    if saved is not None:
-        check_adapter(saved, metadata, Path(str(adapter)))
+        saved = read_adapter(adapter)
+        check_adapter(saved, metadata, Path(adapter))
         config = saved.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -103,12 +103,6 @@ def LoRA(
     _merge_when_packaged(inner)
     _LOG.info("LoRA coverage\n%s", coverage(inner))
     return built
-
-
-def _plain(name: str) -> Any:
-    """Default of a setting as LoRA passes it to LoraConfig."""
-    return {"rank": 16, "preset": "degree_parity", "init": "scaled", "rank_pattern": {}, "module_rank_pattern": {},
-            "targets": None, "exclude": (), "dense": None}[name]  # fmt: skip
 
 
 def _with(config: Mapping[str, Any], model_dtype: str | None, compile_mode: str | None) -> dict[str, Any]:
