@@ -63,3 +63,15 @@ def test_core_adapts_a_real_nequip_model():
     with disabled_adapters(model):
         assert torch.equal(energy(model), before)
     torch.testing.assert_close(energy(merge_lora(model)), after, atol=1e-10, rtol=0)
+
+
+def test_import_of_nequip_costs_under_5_percent_more():
+    """CPU time of our part alone against all of ``import nequip``."""
+    code = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
+    seconds = []
+    for modules in ("nequip_ext, mace_lora", "nequip"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code.format(modules)], capture_output=True, text=True
+        )
+        seconds.append(float(done.stdout.split()[-1]))
+    assert seconds[0] < 0.05 * seconds[1]
