@@ -45,6 +45,11 @@ class TestUpstream(BaseEnergyModelTests):
     def conffile(cls, request):
         return request.param  # the other one downloads its data
 
+    @pytest.fixture(scope="class", params=["package"])
+    @classmethod
+    def model_source(cls, request):
+        return request.param  # a package is built from a checkpoint, so it shows both
+
 
 def by_hand(layer, s, v, edges, filters, directions):
     """Equations 7 to 10 of arXiv 2102.03150 with loops over edges and atoms."""
