@@ -29,6 +29,7 @@ import ase.io
 import numpy as np
 import typer
 from datasets import load_split, write
+from omegaconf import OmegaConf
 
 from mace_lora.atomic import write_text
 
@@ -41,14 +42,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 Results = Annotated[Path, typer.Option(help="one JSON per run")]
 
 
-def nequip_train(config: str, log: Path, *overrides: str) -> None:
-    """Run the real command from the repository root with one thread."""
-    program = str(Path(sys.executable).parent / "nequip-train")
-    command = [program, "-cd", str(ROOT / "recipes" / "configs"), "-cn", config]
+def nequip_train(name: str, folder: Path, **settings: Any) -> None:
+    """Write a config of recipes/configs with changed keys (dots for nesting), and run the real command on it."""
+    recipes = ROOT / "recipes" / "configs"
+    config = OmegaConf.merge(OmegaConf.load(recipes / "nequip_data.yaml"), OmegaConf.load(recipes / f"{name}.yaml"))
+    for key, value in ({"folder": str(folder)} | settings).items():
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    for key in ("defaults", "frames"):
+        del config[key]
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "config.yaml")
+    command = [str(Path(sys.executable).parent / "nequip-train"), "-cd", str(folder), "-cn", "config"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as handle:
-        subprocess.run([*command, *overrides], cwd=ROOT, env=env, check=True, stdout=handle, stderr=handle)
+    with (folder / "log.txt").open("a") as log:
+        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=log, stderr=log)
 
 
 @app.command()
@@ -61,14 +68,15 @@ def base(
     """Pre-train the base; continues an interrupted run."""
     folder = (work / "base").resolve()
     count = len(ase.io.read(frames, ":", format="extxyz"))
-    sizes = f"train: {count - 2 * valid}, val: {valid}, test: {valid}"
-    split = f"data.split_dataset={{file_path: {frames.resolve()}, {sizes}}}"
-    restart = [f"++ckpt_path={folder}/last.ckpt"] if (folder / "last.ckpt").is_file() else []
+    parts = {"file_path": str(frames.resolve()), "train": count - 2 * valid, "val": valid, "test": valid}
+    restart = {"ckpt_path": str(folder / "last.ckpt")} if (folder / "last.ckpt").is_file() else {}
     nequip_train(
-        "nequip_scratch", folder / "log.txt", split, f"folder={folder}", f"epochs={epochs}", "batch_size=20",
-        "lr=0.005",
-        f"training_module.lr_scheduler.scheduler.gamma={0.02 ** (1 / epochs):.4f}",
-        "training_module.ema_decay=0.999", "training_module.loss.coeffs={total_energy: 10.0, forces: 100.0}", *restart,
+        "nequip_scratch", folder, **{
+            "data.split_dataset": parts, "epochs": epochs, "batch_size": 20, "lr": 0.005,
+            "training_module.lr_scheduler.scheduler.gamma": 0.02 ** (1 / epochs),
+            "training_module.ema_decay": 0.999,
+            "training_module.loss.coeffs": {"total_energy": 10.0, "forces": 100.0}, **restart,
+        },
     )  # fmt: skip
     print(f"base: {folder / 'best.ckpt'}")
 
@@ -81,14 +89,14 @@ def aligned_shifts(checkpoint: Path, frames: list[Any]) -> dict[str, float]:
     from nequip.utils.global_state import set_global_state
 
     set_global_state()
-    model = load_saved_model(str(checkpoint))
+    model = load_saved_model(str(checkpoint)).requires_grad_(False)
     names = list(model.type_names)
     shifts = next(v for n, v in model.state_dict().items() if n.endswith("scale_shift.shifts")).reshape(-1).tolist()
     residual, counts = [], []
     for atoms in frames:
         data = compute_neighborlist_(from_ase(atoms), r_max=5.0)
         data["atom_types"] = torch.tensor([names.index(s) for s in atoms.get_chemical_symbols()])
-        residual.append(atoms.info["REF_energy"] - float(model(data)["total_energy"]))
+        residual.append(atoms.info["REF_energy"] - float(model(data)["total_energy"].detach()))
         counts.append([atoms.get_chemical_symbols().count(n) for n in names])
     offset = np.linalg.lstsq(np.array(counts, float), np.array(residual), rcond=None)[0]
     return {n: float(s + o) for n, s, o in zip(names, shifts, offset, strict=True)}
@@ -102,16 +110,17 @@ def one_run(name: str, method: str, lr: float, seed: int, epochs: int, data: Pat
     frames, folder = load_split(name, data, seed), (work / target.stem).resolve()
     files = {part: write(folder / f"{part}.xyz", getattr(frames, part)) for part in ("train", "valid", "test")}
     checkpoint = (work / "base" / "best.ckpt").resolve()
-    shifts = ", ".join(f"{k}: {v}" for k, v in aligned_shifts(checkpoint, frames.train).items())
-    paths = f"train_file_path: {files['train'].resolve()}, val_file_path: {files['valid'].resolve()}"
+    paths = {f"data.{part}_file_path": str(files["valid" if part == "val" else part].resolve())
+             for part in ("train", "val", "test")}  # fmt: skip
     start = time.time()
     nequip_train(
-        f"nequip_{method}", folder / "log.txt", f"folder={folder}", f"base={checkpoint}", f"lr={lr}", f"seed={seed}",
-        f"epochs={epochs}", f"E0s_pbe0={{{shifts}}}", "~data.split_dataset",
-        *[f"+data.{x.replace(': ', '=')}" for x in f"{paths}, test_file_path: {files['test'].resolve()}".split(", ")],
-        f"training_module.lr_scheduler.scheduler.gamma={0.2 ** (1 / epochs):.5f}",
-        "trainer.enable_progress_bar=false",
-        *([f"+training_module.model.seed={seed}"] if method == "lora" else []),
+        f"nequip_{method}", folder, **paths, **{
+            "data.split_dataset": [], "base": str(checkpoint), "lr": lr, "seed": seed, "epochs": epochs,
+            "E0s_pbe0": aligned_shifts(checkpoint, frames.train),
+            "training_module.lr_scheduler.scheduler.gamma": 0.2 ** (1 / epochs),
+            "trainer.enable_progress_bar": False,
+            **({"training_module.model.seed": seed} if method == "lora" else {}),
+        },
     )  # fmt: skip
     with next((folder / "lightning_logs").glob("*/metrics.csv")).open() as handle:
         log = list(csv.DictReader(handle))

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mace_lora.console import MODEL_HELP, Dtype, console, model_from
+from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
 from mace_lora.evaluate.cli import evaluate
 from mace_lora.lora.cli import diff, tune
 
@@ -151,12 +151,20 @@ def convert(
 def merge(
     base: Annotated[Path, typer.Argument(help=MODEL_HELP)],
     adapter: Annotated[Path, typer.Argument(help="adapter folder")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="stock MACE .model to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="MACE .model or NequIP .nequip.zip to write")],
     dtype: Annotated[
-        Dtype | None, typer.Option(help="precision of the merged model; default that of the training")
+        Dtype | None, typer.Option(help="precision of the merged MACE model; default that of the training")
     ] = None,
 ) -> None:
-    """Fold an adapter into its base: a stock MACE .model that needs no equitune."""
+    """Fold an adapter into its base: a stock MACE .model or NequIP package that needs no equitune."""
+    if is_nequip_file(base):
+        from nequip_ext.lora.saved import merge_package
+
+        if dtype is not None:
+            raise ValueError("--dtype: a NequIP model keeps the model_dtype it was built with; leave the option out")
+        merge_package(base, adapter, output)
+        console.print(f"merged package written to {output}")
+        return
     import torch
 
     from mace_lora.mace_plugin.convert import save_model
@@ -171,7 +179,7 @@ def merge(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(help="adapter folder, .model, safetensors + JSON base, or 'embedded'")],
+    path: Annotated[Path, typer.Argument(help=f"adapter folder; {MODEL_HELP}")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show what an adapter, base or model is: fingerprint, elements, ranks, parameters, errors, provenance."""
@@ -179,6 +187,10 @@ def info(
 
     if is_adapter(path):
         content = describe_adapter(path)
+    elif is_nequip_file(path):
+        from nequip_ext.lora.saved import describe_nequip
+
+        content = describe_nequip(model_from(path))
     else:
         content = describe_model(model_from(path))
     if as_json:

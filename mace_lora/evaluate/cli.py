@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from mace_lora.console import MODEL_HELP, Dtype, console, model_from
+from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
 
 __all__ = ["evaluate"]
 
@@ -28,7 +28,7 @@ def evaluate(
     index: Annotated[str, typer.Option(help="which frames, as an ASE slice")] = ":",
     level: Annotated[float, typer.Option(help="confidence level of the bootstrap intervals, 0 to 1")] = 0.95,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="precision of the evaluation")] = "float64",
+    dtype: Annotated[Dtype, typer.Option(help="precision of the evaluation; a NequIP model keeps its own")] = "float64",
 ) -> None:
     """Errors of a model, or of base + adapter, on labelled frames.
 
@@ -45,7 +45,8 @@ def evaluate(
     if not frames.is_file():
         raise FileNotFoundError(f"no file {frames}")
     structures = ase.io.read(frames, index if ":" in index else f"{index}:{int(index) + 1}")
-    calculator = _calculator(model_from(model, adapter), head, device, dtype)
+    loaded = model_from(model, adapter)
+    calculator = _nequip(loaded, head, device) if is_nequip_file(model) else _calculator(loaded, head, device, dtype)
     predictions = predict(calculator, structures, energy_key, forces_key, stress_key, progress=_bar)  # type: ignore[arg-type]
     content = report(
         predictions, level, model=str(model), adapter=str(adapter) if adapter else None, frames_file=str(frames)
@@ -54,6 +55,14 @@ def evaluate(
         console.print(table)
     files = write_report(predictions, content, output, (adapter or model).name)
     console.print(f"written: {', '.join(map(str, files))}")
+
+
+def _nequip(model: Any, head: str | None, device: str) -> Any:
+    from nequip_ext.lora.saved import calculator
+
+    if head is not None:
+        raise ValueError(f"--head: a NequIP model has one head, got {head!r}; leave the option out")
+    return calculator(model, device)
 
 
 def _calculator(model: Any, head: str | None, device: str, dtype: str) -> Any:

@@ -244,7 +244,8 @@ def load_adapter(
     """Add a saved adapter to its base model and make it the active one.
 
     A MACE foundation model from which the base was prepared (elements selected, energy references
-    set) is accepted too: the same preparation is then repeated first.
+    set), or a NequIP model before its shifts and scales were changed, is accepted too: the same
+    preparation is then repeated first.
 
     Args:
         model: the base, or the foundation model it was made from; changed in place in the first
@@ -278,6 +279,13 @@ def load_adapter(
 
 
 def _matching_base(model: nn.Module, saved: AdapterFile, path: Path) -> nn.Module:
+    if saved.metadata.get("framework") == "nequip" and hasattr(model, "type_names"):
+        from nequip_ext.lora.metadata import base_metadata, check_adapter, restore_energies
+
+        if not adapter_names(model):  # with adapters the base is as it was trained
+            restore_energies(model, saved.metadata)
+        check_adapter(saved, base_metadata(model) | {"base_fingerprint": fingerprint(model)}, path)
+        return model
     expected, got = saved.metadata.get("base_fingerprint"), fingerprint(model)
     if got == expected:
         return model

@@ -19,7 +19,7 @@ __all__ = ["Block", "ModuleSpec", "ParamSpec", "Piece", "block_matrices", "descr
 
 # Modules with a ``describe(module, parent)`` for layers that only an upstream package defines.
 # They are duck-typed and import nothing from their upstream.
-EXTENSIONS = ["mace_lora.mace_plugin.blocks", "nequip_ext.lora.blocks"]
+EXTENSIONS = ["mace_lora.mace_plugin.blocks", "nequip_ext.lora.blocks", "mace_lora.lora.sevennet"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mace_lora.lora.fingerprint import fingerprint
 from mace_lora.lora.inject import ModulePlan, adapter_layers, adapter_names, apply_plan, plan_lora
 from nequip_ext.upstream.build import is_packaging
 
-from .metadata import base_metadata, check_adapter
+from .metadata import base_metadata, check_adapter, restore_energies
 
 __all__ = ["ADAPTER", "LoRA"]
 
@@ -58,7 +58,8 @@ def LoRA(
         dense: regular expressions of parameters to train in full, e.g. ``[type_embed]``; default the
             Bessel frequencies and Allegro's weights that are no matrices.
         init: ``scaled`` or ``elora``.
-        adapter: folder of an adapter to start from; it brings its own rank, targets, ….
+        adapter: folder of an adapter to start from; it brings its own rank, targets, … and the shifts and
+            scales of the types that its base had.
         seed: of the random factors.
         model_dtype, compile_mode: for the inner model, as if written there.
 
@@ -82,15 +83,18 @@ def LoRA(
         targets=None if targets is None else tuple(targets), exclude=tuple(exclude),
         dense=None if dense is None else tuple(dense),
     )  # fmt: skip
-    metadata = base_metadata(inner) | {"base_fingerprint": fingerprint(inner), "base_model": _source(model)}
     saved = None
     if adapter is not None:
         changed = [k for k, v in config.to_dict().items() if v != LoraConfig().to_dict()[k]]
         if changed:
             raise ValueError(f"{changed[0]}: the adapter given by 'adapter' brings its own; drop one of the two keys")
         saved = read_adapter(adapter)
-        check_adapter(saved, metadata, Path(adapter))
+        if saved.metadata.get("framework") == "nequip":
+            restore_energies(inner, saved.metadata)
         config = saved.config
+    metadata = base_metadata(inner) | {"base_fingerprint": fingerprint(inner), "base_model": _source(model)}
+    if saved is not None:
+        check_adapter(saved, metadata, Path(str(adapter)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plan = plan_lora(inner, config) if saved is None else list(saved.plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from torch import nn
 
 from mace_lora.lora.adapter import AdapterFile
 
-__all__ = ["base_metadata", "check_adapter"]
+__all__ = ["base_metadata", "check_adapter", "restore_energies"]
+
+_LOG = logging.getLogger("equitune")
 
 
 def base_metadata(model: nn.Module) -> dict[str, Any]:
@@ -21,20 +25,49 @@ def base_metadata(model: nn.Module) -> dict[str, Any]:
     """
     graph: Any = model
     metadata = dict(graph.metadata)
-    shifts = {
-        name: [round(float(x), 10) for x in value.reshape(-1)]
-        for name, value in model.state_dict().items()
-        if name.endswith("per_type_energy_scale_shift.shifts")
-    }
     return {
         "framework": "nequip",
         "type_names": list(graph.type_names),
         "r_max": float(metadata["r_max"]),
         "model_dtype": metadata["model_dtype"],
-        "energy_shifts": next(iter(shifts.values()), None),
+        **_energies(model),
         "units": "those of the training data (eV and Å in our recipes)",
         "versions": {p: _version(p) for p in ("nequip", "nequip-allegro", "e3nn", "torch", "equitune")},
     }
+
+
+def _energies(model: nn.Module) -> dict[str, list[float] | None]:
+    """Shifts and scales of the types as the base has them, without an adapter's change."""
+    out: dict[str, list[float] | None] = {"energy_shifts": None, "energy_scales": None}
+    for name, value in model.state_dict().items():
+        key = f"energy_{name.rpartition('.')[2]}"
+        if ".per_type_energy_scale_shift." in f".{name}" and ".lora_dense." not in name and key in out:
+            out[key] = [float(x) for x in value.reshape(-1)]
+    return out
+
+
+def restore_energies(model: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """Give a base the per-type shifts and scales it had when the adapter was trained, by upstream's modifier.
+
+    Fine-tuning commonly starts with ``modify_PerTypeScaleShift``; so the adapter goes onto the model that
+    the user has, before that change too.
+
+    Args:
+        model: GraphModel, changed in place.
+        metadata: the adapter's.
+    """
+    from nequip.model import modify
+
+    now, names = _energies(model), list(model.type_names)  # type: ignore[arg-type]
+    changes = {}
+    for key, values in now.items():
+        wanted = metadata.get(key)
+        if wanted and values and wanted != values and len(wanted) in (1, len(names)):
+            per_type = dict(zip(names, wanted, strict=True)) if len(wanted) > 1 else wanted[0]
+            changes[key.removeprefix("energy_")] = per_type
+    if changes:
+        modify(model, [{"modifier": "modify_PerTypeScaleShift", **changes}])
+        _LOG.info("%s of the types set to those the adapter was trained with", " and ".join(changes))
 
 
 def _version(package: str) -> str | None:

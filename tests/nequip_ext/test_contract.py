@@ -12,10 +12,14 @@ NAMES = {
     "nequip.nn._ghost_exchange_base": ["NoOpGhostExchangeModule"],
     "nequip.model.energy_modules": ["_append_energy_modules"],
     "nequip.scripts._workflow_utils": ["get_workflow_state"],
+    "nequip.model.saved_models.package": [
+        "_cpu_deserialize_always", "_get_package_metadata", "_suppress_package_importer_exporter_warnings",
+    ],
+    "nequip.scripts._package_utils": ["_EXTERNAL_MODULES", "_INTERNAL_MODULES", "_MOCK_MODULES"],
     "nequip.nn.mlp": ["ScalarLinearLayer", "DeepLinearMLP"],
     "nequip.nn.atomwise": ["PerTypeScaleShift"],
     "nequip.train.ema": ["EMALightningModule", "EMAWeights"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", NAMES)

@@ -29,10 +29,7 @@ from nequip.utils.global_state import set_global_state
 set_global_state()
 if len(sys.argv) > 3:
     import nequip_ext
-    target = "nequip.model.ModelFromCheckpoint"
-    shifts = {"modifier": "modify_PerTypeScaleShift", "shifts": json.loads(sys.argv[4])}
-    base = {"_target_": "nequip.model.modify", "modifiers": [shifts],
-            "model": {"_target_": target, "checkpoint_path": sys.argv[1]}}
+    base = {"_target_": "nequip.model.ModelFromCheckpoint", "checkpoint_path": sys.argv[1]}
     model = nequip_ext.LoRA(model=base, adapter=sys.argv[3])["sole_model"]
 elif sys.argv[1].endswith(".pt2"):
     from nequip.integrations.ase import NequIPCalculator
@@ -52,7 +49,6 @@ for atoms in ase.io.read("mace_lora/embedded/glycolamide_pbe0.extxyz.gz", "0:3",
     rows.append([float(out["total_energy"]), float(out["forces"].abs().sum())])
 print(json.dumps(rows))
 """
-SHIFTS = {"H": -13.615017, "C": -1027.520060, "N": -1482.448560, "O": -2038.810301}
 
 
 def call(*arguments: object, check: bool = True, **environment: str) -> str:
@@ -100,9 +96,10 @@ def test_what_training_prints_and_writes(work):
 
 
 def test_adapter_in_a_fresh_process_is_the_trained_model(work):
-    """1e-6 eV per atom, 9 atoms; energies near -7725 eV are float64 in NequIP."""
+    """1e-6 eV per atom, 9 atoms; energies near -7725 eV are float64 in NequIP. The adapter restores the
+    shifts that training had set on the base."""
     trained = predict(work / "lora" / "best.ckpt", "")
-    again = predict(work / "base" / "best.ckpt", "", work / "lora" / "adapter", json.dumps(SHIFTS))
+    again = predict(work / "base" / "best.ckpt", "", work / "lora" / "adapter")
     assert close(trained, again, 9e-6, 1e-3)
 
 
@@ -122,9 +119,43 @@ def test_packages_need_nothing_of_ours(work):
         package = work / f"{kind}.nequip.zip"
         call(BIN / "nequip-package", "build", work / "lora" / "best.ckpt", package, EQUITUNE_PACKAGE=kind)
         assert close(predict(package, "block"), trained, 1e-5, 1e-3)
+    shown = call(
+        BIN / "equitune", "merge", work / "unmerged.nequip.zip", work / "lora" / "adapter", "-o", "x.nequip.zip",
+        check=False,
+    )  # fmt: skip
+    assert "it holds an unmerged adapter already; give the base of the adapter" in shown
     listing = call(BIN / "nequip-package", "list", work / "merged.nequip.zip")
     assert "mace_lora" not in listing
     assert "nequip_ext" not in listing
+
+
+def test_merge_of_checkpoint_and_package(work):
+    adapter, trained = work / "lora" / "adapter", predict(work / "lora" / "best.ckpt", "")
+    package = work / "base.nequip.zip"
+    call(BIN / "nequip-package", "build", work / "base" / "best.ckpt", package)
+    for base in (work / "base" / "best.ckpt", package):
+        merged = work / f"from{base.suffix}.nequip.zip"
+        assert "merged package written to" in call(BIN / "equitune", "merge", base, adapter, "-o", merged)
+        assert close(predict(merged, "block"), trained, 1e-5, 1e-3)
+        assert "mace_lora" not in call(BIN / "nequip-package", "list", merged)
+    shown = call(BIN / "equitune", "merge", package, adapter, "-o", "x.model", check=False)
+    assert "output: expected a file name ending in .nequip.zip, got x.model" in shown
+
+
+def test_info_and_evaluate(work, tmp_path):
+    shown = json.loads(call(BIN / "equitune", "info", work / "base" / "best.ckpt", "--json"))
+    assert shown["type_names"] == ["H", "C", "N", "O", "F", "S"]
+    adapter = json.loads(call(BIN / "equitune", "info", work / "lora" / "adapter", "--json"))
+    assert adapter["framework"] == "nequip"
+    frames = ROOT / "mace_lora" / "embedded" / "glycolamide_pbe0.extxyz.gz"
+    call(
+        BIN / "equitune", "evaluate", work / "base" / "best.ckpt", frames, "--adapter", work / "lora" / "adapter",
+        "--index", "0:3", "-o", tmp_path / "a",
+    )  # fmt: skip
+    call(BIN / "equitune", "evaluate", work / "lora" / "best.ckpt", frames, "--index", "0:3", "-o", tmp_path / "b")
+    adapted, trained = (json.loads((tmp_path / f / "errors.json").read_text()) for f in ("a", "b"))
+    assert adapted["frames"] == 3
+    assert adapted["errors"] == pytest.approx(trained["errors"], rel=1e-3)
 
 
 def test_compiled_model_in_ase(work):
