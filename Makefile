@@ -4,7 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = -m pip --disable-pip-version-check -q
-EXTRA_nequip = ,allegro
+EXTRA_nequip = ,allegro,sevennet
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: help quickstart test test-mace test-nequip lint format env-mace env-nequip clean

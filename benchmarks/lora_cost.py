@@ -255,11 +255,17 @@ def peak(
         step()
         print((torch.cuda.max_memory_allocated() - before) / 1e6)
         return
-    # what the allocator hands out, in order: resident memory also has the kernel's moods in it
+    print(tensor_peak(step))
+
+
+def tensor_peak(step: Callable[[], None]) -> float:
+    """MB that the CPU allocator hands out at the peak: resident memory also has the kernel's moods in it."""
+    import torch
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    print(max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 1e6)
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 1e6
 
 
 def start_up(pairs: int) -> str:
