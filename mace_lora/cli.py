@@ -60,7 +60,7 @@ def run(context: typer.Context, command: str) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Check the installation: hook, plugins, upstream versions, contract with MACE and PEFT."""
+    """Check the installation: hook, plugins, upstream versions, contract with MACE, NequIP and PEFT."""
     from mace_lora.mace_plugin import startup
 
     problems = 0
@@ -69,7 +69,17 @@ def doctor() -> None:
     in_pth = "mace_lora.mace_plugin.startup" in sys.modules and startup.is_installed()
     table.add_row("start-up hook", "off (EQUITUNE_DISABLE=1)" if disabled else "active" if in_pth else "NOT active")
     problems += not in_pth and not disabled
-    for name in ("equitune", "torch", "e3nn", "mace-torch", "nequip", "peft", "safetensors"):
+    for name in (
+        "equitune",
+        "torch",
+        "e3nn",
+        "mace-torch",
+        "nequip",
+        "nequip-allegro",
+        "sevenn",
+        "peft",
+        "safetensors",
+    ):
         try:
             table.add_row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
@@ -94,6 +104,12 @@ def _check_contracts(table: Table) -> int:
         from mace_lora.mace_plugin.contract import check
 
         for what, problem in check():
+            problems += problem is not None
+            table.add_row(what, problem or "ok")
+    if _installed("nequip"):
+        from nequip_ext.upstream.contract import check as check_nequip
+
+        for what, problem in check_nequip():
             problems += problem is not None
             table.add_row(what, problem or "ok")
     if _installed("peft"):

@@ -1,37 +1,37 @@
 """What we rely on in NequIP is there."""
 
-import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nequip")
+
+from nequip_ext.upstream.contract import EXPECTED, check
+
 pytestmark = pytest.mark.nequip
 
-TESTED = "0.19"
-NAMES = {
-    "nequip.nn._ghost_exchange_base": ["NoOpGhostExchangeModule"],
-    "nequip.model.energy_modules": ["_append_energy_modules"],
-    "nequip.scripts._workflow_utils": ["get_workflow_state"],
-    "nequip.model.saved_models.package": [
-        "_cpu_deserialize_always", "_get_package_metadata", "_suppress_package_importer_exporter_warnings",
-    ],
-    "nequip.scripts._package_utils": ["_EXTERNAL_MODULES", "_INTERNAL_MODULES", "_MOCK_MODULES"],
-    "nequip.nn.mlp": ["ScalarLinearLayer", "DeepLinearMLP"],
-    "nequip.nn.atomwise": ["PerTypeScaleShift"],
-    "nequip.train.ema": ["EMALightningModule", "EMAWeights"],
-}  # fmt: skip
+
+def test_private_names():
+    assert [(m, p) for m, p in check() if p] == []
 
 
-@pytest.mark.parametrize("module", NAMES)
-def test_private_names(module):
-    found = importlib.import_module(module)
-    for name in NAMES[module]:
-        assert hasattr(found, name), f"nequip changed: {module}.{name} is gone; equitune was tested with {TESTED}"
+def test_a_changed_upstream_is_named(monkeypatch):
+    monkeypatch.setitem(EXPECTED, "nequip.nn.mlp", ("NoSuchLayer",))
+    monkeypatch.setitem(EXPECTED, "nequip.no_such_module", ())
+    problems = {m: p for m, p in check() if p}
+    assert problems["nequip.nn.mlp"] == "NoSuchLayer gone; equitune was tested with nequip 0.19.1"
+    assert problems["nequip.no_such_module"].startswith("gone (No module named")
+
+
+def test_doctor_checks_nequip():
+    shown = subprocess.run([Path(sys.executable).parent / "equitune", "doctor"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stdout
+    assert "nequip.scripts._package_utils" in shown.stdout
 
 
 def test_all_private_imports_are_in_one_folder():
-    from pathlib import Path
-
     folder = Path(__file__).parents[2] / "nequip_ext"
     for path in folder.rglob("*.py"):
         if path.parent.name != "upstream":
