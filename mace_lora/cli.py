@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from mace_lora.augment.cli import label
 from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
 from mace_lora.evaluate.cli import evaluate
 from mace_lora.lora.cli import diff, tune
@@ -218,7 +219,7 @@ def info(
     console.print(table)
 
 
-for command in (evaluate, diff):
+for command in (evaluate, diff, label):
     app.command()(command)
 app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tune)
 

@@ -1,0 +1,17 @@
+"""Sample, select and label frames: the data side of every recipe."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "LabelReport": "label", "label": "label", "open_labeler": "labelers", "frame_key": "journal",
+}  # fmt: skip
+__all__ = [*_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
