@@ -33,7 +33,7 @@ def main() -> None:
         warnings.filterwarnings("ignore", category=category)
     try:
         app()
-    except (ValueError, FileNotFoundError) as err:
+    except (ValueError, OSError) as err:
         typer.echo(f"equitune: error: {err}", err=True)
         sys.exit(2)
 

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "LabelReport": "label", "label": "label", "open_labeler": "labelers", "frame_key": "journal",
+    "LabelReport": "labelling", "label": "labelling", "open_labeler": "labelers", "frame_key": "journal",
 }  # fmt: skip
 __all__ = [*_WHERE]
 

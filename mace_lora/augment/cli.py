@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mace_lora.console import console
 
-from .label import LabelReport, iter_frames
-from .label import label as label_frames
+from .labelling import LabelReport, iter_frames
+from .labelling import label as label_frames
 
 __all__ = ["label"]
 

