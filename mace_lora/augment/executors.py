@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def open_executor(
         saved = {name: os.environ.get(name) for name in _THREADS}
         os.environ.update(dict.fromkeys(_THREADS, str(threads)))
         pool = concurrent.futures.ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=prepare, initargs=(threads,),
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=prepare,
+            initargs=(threads, os.getpid()),
             max_tasks_per_child=tasks_per_worker,
         )  # fmt: skip
         try:
@@ -60,6 +62,9 @@ def open_executor(
     config = runpy.run_path(file).get("config")
     if config is None or type(config).__name__ != "Config":
         raise ValueError(f"--executor: {file} must define 'config', a parsl.Config, got {type(config).__name__}")
+    programs = str(Path(sys.executable).parent)  # Parsl starts its own by name
+    if programs not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = programs + os.pathsep + os.environ["PATH"]
     with ParslPoolExecutor(config=config) as parsl_pool:
         yield parsl_pool, workers
 

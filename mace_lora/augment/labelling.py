@@ -134,8 +134,9 @@ def label(
                 err.errno,
                 f"{err.strerror}; {len(done.keys)} labelled frames are safe in {partial}: make room and run again",
             ) from err
-    if not failed_file.stat().st_size:
-        failed_file.unlink()
+        finally:
+            if not failed.size:
+                failed_file.unlink()
     partial.replace(output)
     report.wall = time.perf_counter() - start
     return report
@@ -261,9 +262,10 @@ class _Run:
         """Write labels and failures."""
         for task, result in zip(chunk, results, strict=True):
             self.report.labeler += result.seconds
-            if result.text:
+            if result.text and result.key not in self.done:
                 self.done.append(result.text, result.key)
                 self.report.labelled += 1
+            if result.text:
                 continue
             self.report.failed += 1
             self.report.reasons = (*self.report.reasons, f"frame {task.index}: {result.error}")[:5]

@@ -54,16 +54,16 @@ class Result:
     seconds: float
 
 
-def prepare(threads: int) -> None:
+def prepare(threads: int, parent: int) -> None:
     """Set up a worker: threads, Ctrl-C left to the main process, end when that one has gone.
 
     Args:
         threads: for the linear algebra of one worker.
+        parent: process that started this one; it may be gone before we get here.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

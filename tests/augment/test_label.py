@@ -86,7 +86,7 @@ def test_twenty_kills_lose_nothing(tmp_path):
     label(frames, tmp_path / "once.xyz", "own_labelers:slow", workers=2)
     rng, output = random.Random(1), tmp_path / "out.xyz"
     run = command(frames, output, "own_labelers:slow", "--workers", "2")
-    kills = 0
+    kills, before = 0, set(processes())
     while kills < 20 and not output.exists():
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.8, 1.9))
@@ -98,6 +98,9 @@ def test_twenty_kills_lose_nothing(tmp_path):
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     assert texts(output) == texts(tmp_path / "once.xyz")
     assert len(texts(output)) == 500
+    time.sleep(2.0)
+    left = {p: line for p, (_, line) in processes().items() if p not in before and "spawn_main" in line}
+    assert not left, "workers outlive a killed main process"
 
 
 def test_torn_frame_is_cut_off(tmp_path):
@@ -177,6 +180,57 @@ def test_interrupted_from_the_keyboard(tmp_path):
     assert process.returncode == 130
     assert "the same command goes on from there" in " ".join(shown.split())
     assert len(texts(tmp_path / "out.xyz.partial")) > 5
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Parent and command line of every process of this machine."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(folder.name)] = (int((folder / "stat").read_text().rpartition(")")[2].split()[1]), line)
+            except OSError:
+                continue
+    return found
+
+
+def test_parsl_with_a_lost_worker(tmp_path, monkeypatch):
+    """Two HTEX workers on the loopback; one is killed: nothing is lost, nothing is there twice."""
+    pytest.importorskip("parsl")
+    monkeypatch.chdir(tmp_path)
+    frames = tmp_path / "frames.xyz"
+    ase.io.write(frames, copper(400))
+    label(frames, tmp_path / "once.xyz", "own_labelers:slow", workers=2)
+    config = HERE.parents[1] / "recipes" / "clusters" / "local.py"
+    run = command(frames, tmp_path / "out.xyz", "own_labelers:slow", "--workers", "2", "--executor", f"parsl:{config}")
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    partial, killed = tmp_path / "out.xyz.partial", 0
+    while process.poll() is None and not killed:
+        time.sleep(0.2)
+        if partial.exists() and partial.stat().st_size > 2000:
+            running = processes()
+            # bash script of the block -> manager -> its multiprocessing manager, then the workers
+            managers = {
+                p for p, (parent, _) in running.items() if "parsl.local.block" in running.get(parent, (0, ""))[1]
+            }
+            victims = [p for p, (parent, line) in running.items() if parent in managers and "spawn_main" in line]
+            if len(victims) == 3:
+                os.kill(max(victims), signal.SIGKILL)
+                killed += 1
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
+    assert killed == 1
+    assert texts(tmp_path / "out.xyz") == texts(tmp_path / "once.xyz")
+
+
+def test_parsl_config_that_is_none(tmp_path):
+    pytest.importorskip("parsl")
+    (tmp_path / "wrong.py").write_text("configuration = 3")
+    with pytest.raises(ValueError, match=r"wrong.py must define 'config', a parsl.Config, got NoneType"):
+        label(copper(1), tmp_path / "out.xyz", "emt", executor=f"parsl:{tmp_path / 'wrong.py'}")
+    with pytest.raises(FileNotFoundError, match="--executor: no file"):
+        label(copper(1), tmp_path / "out.xyz", "emt", executor="parsl:missing.py")
 
 
 def test_files_that_are_not_ours(tmp_path):
