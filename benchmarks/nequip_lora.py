@@ -37,7 +37,7 @@ from mace_lora.lora.energies import solve_offsets
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "nequip_lora"
 WORK = Path("build/nequip_lora")
-LRS = {"full": (0.001, 0.002, 0.005), "lora": (0.01, 0.02, 0.04)}
+LRS = {"full": (0.001, 0.002, 0.005, 0.01), "lora": (0.01, 0.02, 0.04)}
 KEYS = {"mae_e": "total_energy_mae", "mae_f": "forces_mae"}
 SHOWN = ("mae_e", "mae_e_refit", "mae_f", "rmse_f")
 app = typer.Typer(add_completion=False, no_args_is_help=True)

@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from mace_lora.augment.cli import label
+from mace_lora.augment.sample_cli import app as sample
 from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
 from mace_lora.evaluate.cli import evaluate
 from mace_lora.lora.cli import diff, tune
@@ -221,6 +222,7 @@ def info(
 
 for command in (evaluate, diff, label):
     app.command()(command)
+app.add_typer(sample, name="sample")
 app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tune)
 
 

@@ -6,7 +6,8 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "LabelReport": "labelling", "label": "labelling", "open_labeler": "labelers", "frame_key": "journal",
+    "LabelReport": "labelling", "Schedule": "dynamics", "sample_md": "dynamics",
+    "rattle": "perturb", "strain": "perturb", "stretch_bond": "perturb", "cluster": "perturb", "keep_sound": "perturb", "label": "labelling", "open_labeler": "labelers", "frame_key": "journal",
 }  # fmt: skip
 __all__ = [*_WHERE]
 

@@ -13,27 +13,18 @@ import ase
 import numpy as np
 from ase import units
 from ase.calculators.calculator import Calculator, all_changes
-from ase.neighborlist import natural_cutoffs, neighbor_list
+
+from mace_lora.augment.topology import find_bonds, molecules
 
 from .registry import Factory, Method
 
-__all__ = ["METHODS", "bonds_of"]
+__all__ = ["METHODS"]
 
 KCAL = units.kcal / units.mol
 
 
-def bonds_of(atoms: ase.Atoms, scale: float = 1.25) -> tuple[tuple[int, int], ...]:
-    """Pairs of atoms closer than ``scale`` times the sum of their covalent radii, across periodic boundaries too.
-
-    Args:
-        atoms: a frame.
-        scale: dimensionless.
-
-    Returns:
-        sorted pairs (i, j) with i < j.
-    """
-    i, j = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=scale))
-    return tuple(sorted({(int(a), int(b)) for a, b in zip(i, j, strict=True) if a < b}))
+def _pairs(frame: ase.Atoms) -> tuple[tuple[int, int], ...]:
+    return tuple((int(a), int(b)) for a, b in find_bonds(frame).pairs)
 
 
 @lru_cache(maxsize=512)
@@ -84,7 +75,7 @@ class RDKitForceField(Calculator):
         frame = self.atoms
         if frame.pbc.any():
             raise ValueError(f"{self.method}: expected a molecule, got periodic boundaries")
-        key = (tuple(int(z) for z in frame.numbers), bonds_of(frame), str(frame.info.get("smiles", "")))
+        key = (tuple(int(z) for z in frame.numbers), _pairs(frame), str(frame.info.get("smiles", "")))
         molecule = _molecule(*key, int(frame.info.get("charge", 0)))
         field = self._field(molecule)
         positions = [float(x) for x in frame.positions.reshape(-1)]
@@ -168,7 +159,7 @@ class OpenMMForceField(Calculator):
         import openmm
         from openmm import app, unit
 
-        bonds = bonds_of(frame)
+        bonds = _pairs(frame)
         width = float(np.min(np.linalg.norm(np.array(frame.cell), axis=1))) if frame.pbc.all() else 0.0
         cutoff = round(min(self.cutoff, 0.49 * width), 1) if width else 0.0
         key = (frame.numbers.tobytes(), bonds, cutoff)
@@ -191,19 +182,14 @@ class OpenMMForceField(Calculator):
 def _topology(frame: ase.Atoms, bonds: tuple[tuple[int, int], ...]) -> Any:
     """OpenMM topology: a residue for every molecule."""
     from openmm import Vec3, app, unit
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
 
-    n = len(frame)
-    pairs = np.array(bonds, int).reshape(-1, 2)
-    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    _, member = connected_components(graph, directed=False)
     topology = app.Topology()
     chain = topology.addChain()
+    member = {int(a): m for m, group in enumerate(molecules(find_bonds(frame))) for a in group}
     residues: dict[int, Any] = {}
     atoms = []
     for index, symbol in enumerate(frame.get_chemical_symbols()):
-        own = int(member[index])
+        own = member[index]
         if own not in residues:
             residues[own] = topology.addResidue("MOL", chain)
         atoms.append(topology.addAtom(f"{symbol}{index}", app.Element.getBySymbol(symbol), residues[own]))
