@@ -17,6 +17,7 @@ from rich.table import Table
 from mace_lora.augment.cli import label
 from mace_lora.augment.sample_cli import app as sample
 from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
+from mace_lora.data.cli import check
 from mace_lora.evaluate.cli import evaluate
 from mace_lora.lora.cli import diff, tune
 
@@ -220,7 +221,7 @@ def info(
     console.print(table)
 
 
-for command in (evaluate, diff, label):
+for command in (evaluate, diff, label, check):
     app.command()(command)
 app.add_typer(sample, name="sample")
 app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tune)

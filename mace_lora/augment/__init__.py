@@ -6,9 +6,18 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "LabelReport": "labelling", "Schedule": "dynamics", "sample_md": "dynamics",
-    "rattle": "perturb", "strain": "perturb", "stretch_bond": "perturb", "cluster": "perturb", "keep_sound": "perturb", "label": "labelling", "open_labeler": "labelers", "frame_key": "journal",
-}  # fmt: skip
+    "LabelReport": "labelling",
+    "Schedule": "dynamics",
+    "cluster": "perturb",
+    "frame_key": "journal",
+    "keep_sound": "perturb",
+    "label": "labelling",
+    "open_labeler": "labelers",
+    "rattle": "perturb",
+    "sample_md": "dynamics",
+    "strain": "perturb",
+    "stretch_bond": "perturb",
+}
 __all__ = [*_WHERE]
 
 

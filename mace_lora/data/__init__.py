@@ -1,0 +1,7 @@
+"""Data sets: what is wrong with them, before anything is trained on them."""
+
+from __future__ import annotations
+
+from .check import Finding, check_frames
+
+__all__ = ["Finding", "check_frames"]

@@ -1,0 +1,252 @@
+"""Validation of labelled frames: keys, units, duplicates, consistency, outliers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import ase
+import numpy as np
+from numpy.typing import NDArray
+
+from .consistency import energy_force_slope, units_of_slope
+
+__all__ = ["Finding", "check_frames"]
+
+Floats = NDArray[np.float64]
+Severity = Literal["error", "warning", "info"]
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a data set.
+
+    Attributes:
+        severity: error (training on it is wrong), warning (look at it), info.
+        what: one sentence with numbers and units.
+        frames: indices concerned, the first few.
+        remedy: what to do; "" for infos.
+    """
+
+    severity: Severity
+    what: str
+    frames: tuple[int, ...] = ()
+    remedy: str = ""
+
+
+def check_frames(
+    frames: Sequence[ase.Atoms], energy_key: str = "REF_energy", forces_key: str = "REF_forces"
+) -> list[Finding]:
+    """Everything that is suspicious about labelled frames.
+
+    Args:
+        frames: all frames, Å.
+        energy_key: in ``info``, eV.
+        forces_key: in ``arrays``, eV/Å.
+
+    Returns:
+        findings, errors first.
+    """
+    if not frames:
+        return [Finding("error", "there are no frames", remedy="check the file")]
+    energies, forces = _labels(frames, energy_key, forces_key)
+    found = _keys(frames, energies, forces, energy_key, forces_key)
+    found += _finite(frames, energies, forces)
+    usable = [i for i, f in enumerate(frames) if np.isfinite(f.positions).all()]
+    found += _geometry(frames, usable)
+    found += _repeated(frames, energies, usable)
+    found += _energies(frames, energies)
+    found += _forces(frames, forces)
+    found += _consistency(frames, energies, forces)
+    order = {"error": 0, "warning": 1, "info": 2}
+    return sorted(found, key=lambda f: order[f.severity])
+
+
+def _labels(
+    frames: Sequence[ase.Atoms], energy_key: str, forces_key: str
+) -> tuple[list[float | None], list[Floats | None]]:
+    """Labels under the keys, or under ASE's own names where they are asked for."""
+    energies: list[float | None] = []
+    forces: list[Floats | None] = []
+    for atoms in frames:
+        results = atoms.calc.results if atoms.calc is not None else {}
+        energy = atoms.info.get(energy_key, results.get(energy_key))
+        force = atoms.arrays.get(forces_key, results.get(forces_key))
+        energies.append(None if energy is None else float(energy))
+        forces.append(None if force is None else np.asarray(force, float))
+    return energies, forces
+
+
+def _list(indices: Sequence[int] | NDArray[np.int64]) -> tuple[int, ...]:
+    return tuple(int(i) for i in indices[:_SHOWN])
+
+
+def _keys(
+    frames: Sequence[ase.Atoms], energies: list[float | None], forces: list[Floats | None], energy_key: str,
+    forces_key: str,
+) -> list[Finding]:  # fmt: skip
+    first = frames[0]
+    results = first.calc.results if first.calc is not None else {}
+    there = sorted({*first.info, *first.arrays, *results} - {"numbers", "positions"})
+    found = []
+    for kind, key, values in (("energy", energy_key, energies), ("forces", forces_key, forces)):
+        missing = [i for i, v in enumerate(values) if v is None]
+        if len(missing) == len(frames):
+            found.append(Finding("error", f"no frame has {kind} labels under {key!r}; the first frame has {there}",
+                                 remedy=f"name the right key with --{kind}-key"))  # fmt: skip
+        elif missing:
+            text = f"{len(missing)} of {len(frames)} frames have no {kind} label"
+            found.append(Finding("warning", text, _list(missing), "label them, or leave them out"))
+    elements = sorted({s for f in frames for s in f.get_chemical_symbols()})
+    alone = {f.get_chemical_symbols()[0] for f in frames if len(f) == 1}
+    text = (
+        f"{len(frames)} frames, {min(map(len, frames))} to {max(map(len, frames))} atoms, elements {' '.join(elements)}"
+    )
+    found.append(Finding("info", text))
+    without = [e for e in elements if e not in alone]
+    if without:
+        found.append(Finding("info", f"no isolated atom of {' '.join(without)}: energy references have to come from "
+                             "elsewhere (E0s of the method, or a least-squares fit)"))  # fmt: skip
+    return found
+
+
+def _finite(frames: Sequence[ase.Atoms], energies: list[float | None], forces: list[Floats | None]) -> list[Finding]:
+    found = []
+    bad = {
+        "positions": [i for i, f in enumerate(frames) if not np.isfinite(f.positions).all()],
+        "an energy label": [i for i, e in enumerate(energies) if e is not None and not np.isfinite(e)],
+        "force labels": [i for i, f in enumerate(forces) if f is not None and not np.isfinite(f).all()],
+    }
+    for what, indices in bad.items():
+        if indices:
+            text = f"{len(indices)} frames have {what} with NaN or infinity"
+            found.append(Finding("error", text, _list(indices), "remove or relabel them"))
+    shapes = [
+        i for i, (a, f) in enumerate(zip(frames, forces, strict=True)) if f is not None and f.shape != (len(a), 3)
+    ]
+    if shapes:
+        found.append(Finding("error", f"{len(shapes)} frames have force labels of another shape than (atoms, 3)",
+                             _list(shapes), "check how they were written"))  # fmt: skip
+    return found
+
+
+def _geometry(frames: Sequence[ase.Atoms], usable: list[int]) -> list[Finding]:
+    from mace_lora.augment.perturb import keep_sound
+
+    found = []
+    flat = [i for i in usable if frames[i].pbc.any() and abs(np.linalg.det(np.array(frames[i].cell))) < 1e-3]
+    if flat:
+        found.append(Finding("error", f"{len(flat)} frames are periodic and have no cell", _list(flat), "set the cell"))
+    boxed = [i for i in usable if not frames[i].pbc.any() and abs(np.linalg.det(np.array(frames[i].cell))) > 1e-3]
+    if boxed:
+        found.append(Finding("warning", f"{len(boxed)} frames have a cell but no periodic boundaries", _list(boxed),
+                             "set pbc='T T T' if they are periodic"))  # fmt: skip
+    mixed = {tuple(frames[i].pbc.tolist()) for i in usable}
+    if len(mixed) > 1:
+        found.append(Finding("info", f"frames of different periodicity: {sorted(mixed)}"))
+    close = [i for i in usable if i not in flat and not list(keep_sound([frames[i]]))]
+    if close:
+        text = f"{len(close)} frames have atoms closer than half the sum of their covalent radii"
+        found.append(Finding("warning", text, _list(close), "look at them; positions in another unit than Å?"))
+    return found
+
+
+def _repeated(frames: Sequence[ase.Atoms], energies: list[float | None], usable: list[int]) -> list[Finding]:
+    seen: dict[bytes, int] = {}
+    repeats, conflicts = [], []
+    for i in usable:
+        atoms = frames[i]
+        parts = [
+            atoms.numbers.tobytes(),
+            np.round(atoms.positions, 6).tobytes(),
+            np.round(np.array(atoms.cell), 6).tobytes(),
+        ]
+        first = seen.setdefault(hashlib.sha256(b"|".join(parts)).digest(), i)
+        if first != i:
+            repeats.append(i)
+            a, b = energies[first], energies[i]
+            if a is not None and b is not None and abs(a - b) > 1e-3 * len(atoms):
+                conflicts.append(i)
+    found = []
+    if repeats:
+        found.append(Finding("warning", f"{len(repeats)} frames repeat an earlier one", _list(repeats),
+                             "remove them: they leak between training and test sets"))  # fmt: skip
+    if conflicts:
+        found.append(Finding("error", f"{len(conflicts)} of these have another energy label than the frame they repeat",
+                             _list(conflicts), "labels of different methods in one file?"))  # fmt: skip
+    return found
+
+
+def _outliers(values: Floats, factor: float) -> NDArray[np.int64]:
+    """Indices further from the median than ``factor`` robust standard deviations."""
+    middle = np.median(values)
+    width = 1.4826 * np.median(np.abs(values - middle))
+    return np.flatnonzero(np.abs(values - middle) > factor * max(width, 1e-12))
+
+
+def _energies(frames: Sequence[ase.Atoms], energies: list[float | None]) -> list[Finding]:
+    index = [i for i, e in enumerate(energies) if e is not None and np.isfinite(e)]
+    if len(index) < 10:
+        return []
+    elements = sorted({int(z) for i in index for z in frames[i].numbers})
+    table = np.array([[(frames[i].numbers == z).sum() for z in elements] for i in index], float)
+    values, atoms = np.array([energies[i] for i in index], float), np.array([len(frames[i]) for i in index])
+    residual = (values - table @ np.linalg.lstsq(table, values, rcond=None)[0]) / atoms
+    found = [Finding("info", f"energy per atom {np.median(values / atoms):.4g} eV (median); {residual.std() * 1e3:.4g} "
+                     "meV/atom spread around the best sum of element energies")]  # fmt: skip
+    if residual.std() > 5.0:
+        text = f"energies spread by {residual.std():.3g} eV/atom around the best sum of element energies"
+        found.append(Finding("warning", text, remedy="kcal/mol instead of eV, or several methods in one file?"))
+    far = [i for i in _outliers(residual, 10.0) if abs(residual[i]) > 0.05]
+    if far:
+        found.append(Finding("warning", f"energies of {len(far)} frames are outliers (up to "
+                             f"{np.abs(residual[far]).max():.3g} eV/atom off)", _list([index[i] for i in far]),
+                             "check that these calculations converged"))  # fmt: skip
+    return found
+
+
+def _forces(frames: Sequence[ase.Atoms], forces: list[Floats | None]) -> list[Finding]:
+    good = {
+        i: f for i, f in enumerate(forces) if f is not None and f.shape == (len(frames[i]), 3) and np.isfinite(f).all()
+    }
+    if not good:
+        return []
+    index = list(good)
+    largest = np.array([np.linalg.norm(f, axis=1).max(initial=0.0) for f in good.values()])
+    rms = float(np.sqrt(np.mean(np.concatenate([f.reshape(-1) for f in good.values()]) ** 2)))
+    found = [Finding("info", f"forces: rms {rms:.4g} eV/Å per component, largest {largest.max():.4g} eV/Å")]
+    if rms < 1e-6:
+        found.append(Finding("error", "all force labels are zero", remedy="check how they were written"))
+    zero = [index[i] for i in np.flatnonzero(largest == 0.0) if len(frames[index[i]]) > 1]
+    if zero and rms >= 1e-6:
+        found.append(Finding("warning", f"{len(zero)} frames have force labels that are exactly zero", _list(zero),
+                             "missing forces written as zeros?"))  # fmt: skip
+    far = [i for i in _outliers(np.log(largest + 1e-3), 8.0) if largest[i] > 10 * rms]
+    if far:
+        text = f"forces of {len(far)} frames are outliers (up to {largest[far].max():.3g} eV/Å)"
+        found.append(Finding("warning", text, _list([index[i] for i in far]), "look at these structures"))
+    net = np.array([np.linalg.norm(f.sum(0)) / len(f) for f in good.values()])
+    pushed = np.flatnonzero(net > max(0.02 * rms, 1e-4))
+    if len(pushed) > 0.05 * len(index):
+        text = f"forces of {len(pushed)} frames do not add up to zero (up to {net.max():.3g} eV/Å per atom)"
+        which = _list([index[i] for i in pushed])
+        found.append(Finding("warning", text, which, "noisy forces, an external field, or a subset of the atoms?"))
+    return found
+
+
+def _consistency(
+    frames: Sequence[ase.Atoms], energies: list[float | None], forces: list[Floats | None]
+) -> list[Finding]:
+    good = [f if f is not None and f.shape == (len(a), 3) and np.isfinite(f).all() else None
+            for a, f in zip(frames, forces, strict=True)]  # fmt: skip
+    finite = [e if e is not None and np.isfinite(e) else None for e in energies]
+    slope, correlation, pairs = energy_force_slope(frames, finite, good)
+    if not np.isfinite(slope) or abs(correlation) < 0.8:
+        return []
+    text = f"energies follow the forces with slope {slope:.4g} (correlation {correlation:.3f}, {pairs} pairs of frames)"
+    if abs(slope - 1.0) < 0.1:
+        return [Finding("info", text)]
+    return [Finding("error", f"{text}; expected 1", remedy=units_of_slope(slope))]

@@ -1,0 +1,181 @@
+"""equitune check finds what is wrong with a data set."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+
+from mace_lora.data import check_frames
+from mace_lora.data.consistency import energy_force_slope, units_of_slope
+
+
+def good(count: int = 20) -> list[Atoms]:
+    """Copper as along a trajectory: each frame a little off the one before."""
+    rng, frames = np.random.default_rng(0), []
+    atoms = bulk("Cu", cubic=True) * (2, 2, 2)
+    for _ in range(count):
+        atoms = atoms.copy()
+        atoms.positions += rng.normal(0, 0.02, atoms.positions.shape)
+        atoms.calc = EMT()
+        atoms.info["REF_energy"] = atoms.get_potential_energy()
+        atoms.arrays["REF_forces"] = atoms.get_forces()
+        atoms.calc = None
+        frames.append(atoms)
+    return frames
+
+
+def problems(frames: list[Atoms], **keys: str) -> dict[str, tuple]:
+    return {f.what: (f.severity, f.frames, f.remedy) for f in check_frames(frames, **keys) if f.severity != "info"}
+
+
+def only(frames: list[Atoms], start: str, **keys: str) -> tuple:
+    """The one problem, whose sentence starts so."""
+    found = problems(frames, **keys)
+    assert len(found) == 1, found
+    assert next(iter(found)).startswith(start), found
+    return next(iter(found.values()))
+
+
+def test_good_frames_have_no_problems():
+    assert problems(good()) == {}
+    infos = [f.what for f in check_frames(good())]
+    assert any("energies follow the forces with slope 1" in t or "slope 0.99" in t for t in infos)
+    assert any("no isolated atom of Cu" in t for t in infos)
+
+
+@pytest.mark.parametrize(
+    ("energy", "force", "guess"),
+    [
+        (1 / (units.kcal / units.mol), 1.0, "energies in kcal/mol, forces in eV/Å"),
+        (1 / units.Hartree, units.Bohr / units.Hartree, "energies in Hartree, forces in Hartree/Bohr"),
+        (1.0, units.Bohr / units.Hartree, "energies in eV, forces in Hartree/Bohr"),
+        (1.0, -1.0, "the forces have the wrong sign"),
+        (1.0, 3.0, "energies and forces are not of one method or unit"),
+    ],
+)
+def test_units_from_energies_and_forces(energy, force, guess):
+    frames = good()
+    for atoms in frames:
+        atoms.info["REF_energy"] *= energy
+        atoms.arrays["REF_forces"] *= force
+    slope, correlation, pairs = energy_force_slope(
+        frames, [a.info["REF_energy"] for a in frames], [a.arrays["REF_forces"] for a in frames]
+    )
+    assert pairs > 20
+    assert abs(correlation) > 0.99
+    assert slope == pytest.approx(energy / force, rel=0.05)
+    if "Hartree/Bohr" not in guess or energy == 1.0:
+        assert guess in units_of_slope(slope)
+        found = problems(frames)
+        assert any(guess in remedy for _, _, remedy in found.values()), found
+    else:  # Hartree and Hartree/Bohr: only the length shows
+        assert units_of_slope(slope).startswith("it looks like")
+
+
+def test_missing_and_wrong_keys():
+    frames = good()
+    severity, _, remedy = only(frames, "no frame has energy labels under 'energy'", energy_key="energy")
+    assert (severity, remedy) == ("error", "name the right key with --energy-key")
+    del frames[3].arrays["REF_forces"]
+    assert only(frames, "1 of 20 frames have no forces label")[1] == (3,)
+    assert check_frames([])[0].what == "there are no frames"
+
+
+def test_values_that_are_not_numbers():
+    frames = good()
+    frames[2].info["REF_energy"] = float("nan")
+    assert only(frames, "1 frames have an energy label with NaN")[:2] == ("error", (2,))
+    frames = good()
+    frames[4].arrays["REF_forces"][1, 1] = np.inf
+    assert only(frames, "1 frames have force labels with NaN or infinity")[:2] == ("error", (4,))
+    frames = good()
+    frames[5].positions[0, 0] = np.nan
+    assert only(frames, "1 frames have positions with NaN or infinity")[:2] == ("error", (5,))
+
+
+def test_repeated_and_conflicting_frames():
+    frames = good()
+    frames.append(frames[7].copy())
+    assert only(frames, "1 frames repeat an earlier one")[:2] == ("warning", (20,))
+    frames[-1].info["REF_energy"] += 1.0
+    assert any(w.startswith("1 of these have another energy label") for w in problems(frames))
+
+
+def test_outliers_are_named():
+    frames = good()
+    frames[6].info["REF_energy"] += 50.0
+    found = problems(frames)
+    assert any(w.startswith("energies of 1 frames are outliers") and v[1] == (6,) for w, v in found.items()), found
+    frames = good()
+    frames[9].arrays["REF_forces"] *= 200.0
+    assert any(w.startswith("forces of 1 frames are outliers") and v[1] == (9,) for w, v in problems(frames).items())
+
+
+def test_forces_that_cannot_be():
+    frames = good()
+    for atoms in frames:
+        atoms.arrays["REF_forces"][:] = 0.0
+    assert "all force labels are zero" in problems(frames)
+    frames = good()
+    frames[3].arrays["REF_forces"][:] = 0.0
+    assert any(w.startswith("1 frames have force labels that are exactly zero") for w in problems(frames))
+    frames = good()
+    for atoms in frames:
+        atoms.arrays["REF_forces"] += [0.3, 0.0, 0.0]
+    assert any("do not add up to zero" in w for w in problems(frames))
+
+
+def test_periodicity_and_overlap():
+    frames = good()
+    frames[1].cell[:] = 0.0
+    assert any(w.startswith("1 frames are periodic and have no cell") for w in problems(frames))
+    frames = good()
+    frames[1].pbc = False
+    assert any(w.startswith("1 frames have a cell but no periodic boundaries") for w in problems(frames))
+    frames = good()
+    frames[1].positions[0] = frames[1].positions[1] + 0.3
+    assert any(w.startswith("1 frames have atoms closer than half") for w in problems(frames))
+
+
+def test_command(tmp_path):
+    program, path = Path(sys.executable).parent / "equitune", tmp_path / "a.xyz"
+    frames = good()
+    ase.io.write(path, frames)
+    done = subprocess.run([program, "check", path], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "0 errors, 0 warnings" in " ".join(done.stdout.split())
+    frames[2].info["REF_energy"] = float("nan")
+    ase.io.write(path, frames)
+    done = subprocess.run([program, "check", path, "--json"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)[0]["severity"] == "error"
+
+
+def test_real_sets_are_consistent(shared_data):
+    """Slope of energies against forces is 1 for a real trajectory, whatever the energies' offset."""
+    frames = ase.io.read(shared_data / "cu_PBE" / "Cu_300K.extxyz", ":")
+    slope, correlation, _ = energy_force_slope(
+        frames, [a.get_potential_energy() for a in frames], [a.get_forces() for a in frames]
+    )
+    assert slope == pytest.approx(1.0, abs=0.02)
+    assert correlation > 0.999
+
+
+def test_molecules_without_pairs_say_nothing_of_units():
+    frames = []
+    for seed in range(12):
+        atoms = molecule("CH3CH2OH")
+        atoms.rattle(1.0, seed=seed)
+        atoms.info["REF_energy"], atoms.arrays["REF_forces"] = (
+            float(seed),
+            np.ones((9, 3)) * [[1.0], [-1.0], *[[0.0]] * 7],
+        )
+        frames.append(atoms)
+    assert not any("slope" in f.what for f in check_frames(frames))
