@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mace_lora.augment.cli import label
 from mace_lora.augment.sample_cli import app as sample
+from mace_lora.augment.select_cli import app as select
 from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
 from mace_lora.data.cli import check
 from mace_lora.evaluate.cli import evaluate
@@ -224,6 +225,7 @@ def info(
 for command in (evaluate, diff, label, check):
     app.command()(command)
 app.add_typer(sample, name="sample")
+app.add_typer(select, name="select")
 app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tune)
 
 

@@ -1,0 +1,121 @@
+"""``equitune select``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import ase
+import numpy as np
+import typer
+from ase.io.extxyz import write_extxyz
+from rich.console import Console
+from rich.progress import track
+
+from mace_lora.atomic import atomic_path
+from mace_lora.console import console
+
+from .labelling import iter_frames
+from .selection import committee_deviation, farthest, features, random_frames, within
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Choose frames: diverse, random, in a window, or disputed by a committee.")
+Frames = Annotated[Path, typer.Argument(help="frames, any format ASE reads")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="extxyz to write")]
+Count = Annotated[int, typer.Option("--count", "-n", help="frames to choose")]
+
+
+@app.command("fps")
+def fps(
+    frames: Frames,
+    output: Output,
+    count: Count = 50,
+    with_: Annotated[str, typer.Option("--with", help="features: a MACE .model, 'embedded', or 'soap'")] = "embedded",
+) -> None:
+    """Farthest-point sampling on a model's own features: each frame is the furthest from those chosen before."""
+    found = list(iter_frames(frames))
+    index, distance = farthest(features(found, with_, _bar), count)
+    _write(output, found, index, {"fps_distance": distance})
+
+
+@app.command("random")
+def at_random(
+    frames: Frames, output: Output, count: Count = 50,
+    seed: Annotated[int, typer.Option(help="equal seeds, equal choice")] = 0,
+) -> None:  # fmt: skip
+    """Random frames."""
+    found = list(iter_frames(frames))
+    _write(output, found, random_frames(len(found), count, seed), {})
+
+
+@app.command("window")
+def window(
+    frames: Frames,
+    output: Output,
+    max_force: Annotated[float | None, typer.Option(help="largest force of an atom, eV/Å")] = None,
+    max_energy: Annotated[float | None, typer.Option(help="energy above the lowest of the same atoms, eV/atom")] = None,
+    energy_key: Annotated[str, typer.Option(help="in info, eV")] = "REF_energy",
+    forces_key: Annotated[str, typer.Option(help="in arrays, eV/Å")] = "REF_forces",
+) -> None:
+    """Leave out labelled frames of too high energy or force."""
+    if max_force is None and max_energy is None:
+        raise ValueError("--max-force, --max-energy: give at least one of them")
+    found = list(iter_frames(frames))
+    keep = np.ones(len(found), bool)
+    if max_force is not None:
+        sizes = [np.linalg.norm(_need(a.arrays, forces_key, i), axis=1) for i, a in enumerate(found)]
+        keep &= np.array([s.max() for s in sizes]) <= max_force
+    if max_energy is not None:
+        kinds = [a.get_chemical_formula() for a in found]
+        energies = np.array([_need(a.info, energy_key, i) / len(a) for i, a in enumerate(found)])
+        lowest = {k: energies[[x == k for x in kinds]].min() for k in set(kinds)}
+        keep &= energies - np.array([lowest[k] for k in kinds]) <= max_energy
+    console.print(f"dropped {int((~keep).sum())} of {len(found)} frames", highlight=False)
+    _write(output, found, np.flatnonzero(keep), {})
+
+
+@app.command("committee")
+def committee(
+    frames: Frames,
+    output: Output,
+    members: Annotated[list[str], typer.Option("--member", help="potential, as for equitune label; at least twice")],
+    lower: Annotated[float, typer.Option(help="meV/Å: below it the models know the frame")] = 100.0,
+    upper: Annotated[float, typer.Option(help="meV/Å: above it the frame is too far off")] = 300.0,
+    count: Annotated[int | None, typer.Option("--count", "-n", help="at most so many, evenly by deviation")] = None,
+) -> None:
+    """Frames on which a committee disagrees: largest force deviation of an atom between two bounds."""
+    found = list(iter_frames(frames))
+    deviation = 1e3 * committee_deviation(found, members, _bar)
+    split = within(deviation, lower, upper)
+    chosen = split.inside
+    if count is not None and len(chosen) > count:
+        order = chosen[np.argsort(deviation[chosen])]
+        chosen = np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(int)])
+    console.print(
+        f"largest force deviation: median {np.median(deviation):.1f}, largest {deviation.max():.1f} meV/Å; "
+        f"{len(split.below)} frames below, {len(split.inside)} in the window, {len(split.above)} above; "
+        f"candidate rate {100 * split.rate:.2f} %",
+        highlight=False,
+    )
+    _write(output, found, chosen, {"max_force_deviation": deviation[chosen]})
+
+
+def _need(values: Any, key: str, index: int) -> Any:
+    if key not in values:
+        raise ValueError(f"frame {index}: expected a label under {key!r}, got {sorted(values)}; name the right key")
+    return values[key]
+
+
+def _bar(frames: Iterable[ase.Atoms]) -> Iterable[ase.Atoms]:
+    return track(list(frames), description="evaluating", console=Console(stderr=True), transient=True)
+
+
+def _write(output: Path, frames: list[ase.Atoms], index: Any, scores: dict[str, Any]) -> None:
+    with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        for rank, i in enumerate(index):
+            frame = frames[int(i)].copy()
+            frame.info |= {"selected_from": int(i), **{k: float(v[rank]) for k, v in scores.items()}}
+            write_extxyz(handle, [frame], write_results=False)
+    console.print(f"written: {len(index)} of {len(frames)} frames to {output}", highlight=False)
