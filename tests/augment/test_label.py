@@ -174,12 +174,14 @@ def test_interrupted_from_the_keyboard(tmp_path):
     ase.io.write(frames, copper(500))
     run = command(frames, tmp_path / "out.xyz", "own_labelers:slow", "--workers", "1")
     process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
-    time.sleep(3.0)
+    partial = tmp_path / "out.xyz.partial"
+    while process.poll() is None and not (partial.exists() and partial.stat().st_size > 10_000):
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "the same command goes on from there" in " ".join(shown.split())
-    assert len(texts(tmp_path / "out.xyz.partial")) > 5
+    assert len(texts(partial)) > 5
 
 
 def processes() -> dict[int, tuple[int, str]]:

@@ -1,0 +1,124 @@
+"""How fast frames are labelled, what the pipeline costs on top of the labeler, and whether its memory stays flat.
+
+Command:  OMP_NUM_THREADS=1 python benchmarks/label_throughput.py
+Cost:     about 5 minutes on two otherwise idle cores.
+"""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import ase
+import ase.io
+import numpy as np
+import typer
+from ase.build import bulk, molecule
+
+from mace_lora.atomic import write_text
+from mace_lora.augment import open_labeler
+
+app = typer.Typer(add_completion=False)
+CHILD = """
+import resource, sys
+from mace_lora.augment import label
+if __name__ == "__main__":
+    report = label(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]))
+    print(report.labelled, report.wall, report.labeler, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def ethanes(count: int) -> list[ase.Atoms]:
+    """Frames of 40 atoms: five ethane molecules 5 Å apart."""
+    frames = []
+    for seed in range(count):
+        rng, cluster = np.random.default_rng(seed), ase.Atoms()
+        for place in range(5):
+            one = molecule("C2H6")
+            one.rotate(rng.uniform(0, 360), rng.normal(size=3))
+            one.translate([5.0 * (place % 2), 5.0 * (place // 2), rng.uniform(-1, 1)])
+            cluster += one
+        cluster.rattle(0.03, seed=seed)
+        frames.append(cluster)
+    return frames
+
+
+def copper(count: int) -> list[ase.Atoms]:
+    """Frames of 32 atoms for EMT."""
+    frames = []
+    for seed in range(count):
+        atoms = bulk("Cu", cubic=True) * (2, 2, 2)
+        atoms.rattle(0.05, seed=seed)
+        frames.append(atoms)
+    return frames
+
+
+def pipeline(frames: Path, labeler: str, workers: int) -> tuple[int, float, float, float]:
+    """Frames, wall seconds, seconds in the labeler, peak memory of the main process in MB; in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "run.py"
+        script.write_text(CHILD)
+        command = [sys.executable, str(script), str(frames), str(Path(folder) / "out.xyz"), labeler, str(workers)]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return int(shown[0]), float(shown[1]), float(shown[2]), float(shown[3])
+
+
+@app.command()
+def main(
+    frames: Annotated[int, typer.Option(help="frames of 40 atoms for GFN2-xTB")] = 400,
+    repeats: Annotated[int, typer.Option(help="repetitions of each measurement")] = 3,
+    output: Annotated[Path, typer.Option(help="table to write")] = Path("benchmarks/results/label_throughput.md"),
+) -> None:
+    """Write the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "frames.xyz"
+        sample = ethanes(frames)
+        ase.io.write(path, sample)
+        labeler = open_labeler("gfn2-xtb")
+        rows: dict[str, list[float]] = {"direct": [], "one": [], "two": [], "inside": []}
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for atoms in sample:
+                labeler.label(atoms)
+            rows["direct"].append(time.perf_counter() - start)
+            _, wall, inside, _ = pipeline(path, "gfn2-xtb", 1)
+            rows["one"].append(wall)
+            rows["inside"].append(inside)
+            rows["two"].append(pipeline(path, "gfn2-xtb", 2)[1])
+        memory = {}
+        for count in (1000, 10000):
+            ase.io.write(path, copper(count))
+            memory[count] = pipeline(path, "emt", 2)
+    direct, one, two = (median(rows[k]) for k in ("direct", "one", "two"))
+    efficiency = [a / (2 * b) for a, b in zip(rows["one"], rows["two"], strict=True)]
+    overhead = [(a - b) / frames for a, b in zip(rows["one"], rows["inside"], strict=True)]
+    own = direct / frames
+    hours = 1e6 * (own + median(overhead)) / 1000 / 3600
+    lines = [
+        "# Labelling: throughput, overhead, memory", "",
+        f"{frames} frames of 40 atoms, GFN2-xTB by tblite {version('tblite')}, one thread a worker, medians (range) of "
+        f"{repeats}; start-up of the processes included. {datetime.date.today()}.", "",
+        "| | |", "|---|---|",
+        f"| a loop over the frames, no pipeline | {frames / direct:.1f} frames/s, {1e3 * own:.1f} ms each |",
+        f"| 1 worker | {frames / one:.1f} frames/s |",
+        f"| 2 workers | {frames / two:.1f} frames/s |",
+        f"| parallel efficiency of 2 workers | {median(efficiency):.2f} ({min(efficiency):.2f}–{max(efficiency):.2f}) |",
+        f"| overhead per frame, 1 worker | {1e3 * median(overhead):.2f} ms, {100 * median(overhead) / own:.1f} % |",
+        *(f"| {n} EMT frames of 32 atoms, 2 workers | {n / m[1]:.0f} frames/s, main process at most {m[3]:.0f} MB |"
+          for n, m in memory.items()),
+        f"| 10^6 such GFN2-xTB labels on 1,000 cores, from these figures | {hours:.2f} h |", "",
+    ]  # fmt: skip
+    write_text(output, "\n".join(lines))
+    print("\n".join(lines))
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    app()
