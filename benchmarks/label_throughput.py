@@ -109,7 +109,7 @@ def main(
         f"| a loop over the frames, no pipeline | {frames / direct:.1f} frames/s, {1e3 * own:.1f} ms each |",
         f"| 1 worker | {frames / one:.1f} frames/s |",
         f"| 2 workers | {frames / two:.1f} frames/s |",
-        f"| parallel efficiency of 2 workers | {median(efficiency):.2f} ({min(efficiency):.2f}–{max(efficiency):.2f}) |",
+        f"| efficiency of 2 workers | {median(efficiency):.2f} ({min(efficiency):.2f}–{max(efficiency):.2f}) |",
         f"| overhead per frame, 1 worker | {1e3 * median(overhead):.2f} ms, {100 * median(overhead) / own:.1f} % |",
         *(f"| {n} EMT frames of 32 atoms, 2 workers | {n / m[1]:.0f} frames/s, main process at most {m[3]:.0f} MB |"
           for n, m in memory.items()),
