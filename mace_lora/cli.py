@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from mace_lora.augment.active_cli import active_learn
 from mace_lora.augment.cli import label
 from mace_lora.augment.sample_cli import app as sample
 from mace_lora.augment.select_cli import app as select
@@ -226,6 +227,7 @@ for command in (evaluate, diff, label, check):
     app.command()(command)
 app.add_typer(sample, name="sample")
 app.add_typer(select, name="select")
+app.command("active-learn")(active_learn)
 app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(tune)
 
 

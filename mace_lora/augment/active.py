@@ -1,0 +1,293 @@
+"""Active learning: train a committee, explore with it, label what it disagrees on, repeat.
+
+Concurrent learning with a force-deviation window, as in MS-MACE's data sets (arXiv 2312.09490: committee of 4, window
+100 to 300 meV/Å, end below 0.5 % candidates). Every step writes a file and is left out when that is there, so that a
+stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mace_lora.atomic import atomic_path, write_text
+
+from .dynamics import Schedule, sample_md
+from .labelers import open_labeler
+from .labelling import label
+from .selection import committee_deviation, within
+
+__all__ = ["ActiveLearning", "read_config", "run"]
+
+_OURS = ("name", "seed", "train_file", "valid_file", "work_dir", "restart_latest")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Explore(_Strict):
+    """Dynamics with the committee's first member.
+
+    Attributes:
+        starts: frames to start from.
+        temperatures: K; pairs [A, B] anneal.
+        frames, spacing_fs, timestep_fs, friction_per_fs, equilibration_fs: as for ``equitune sample md``.
+        replicas: trajectories of every start and temperature, in every round.
+    """
+
+    starts: Path
+    temperatures: list[float | tuple[float, float]] = [300.0]
+    frames: int = Field(50, ge=1)
+    spacing_fs: float = Field(50.0, gt=0)
+    timestep_fs: float = Field(0.5, gt=0)
+    friction_per_fs: float = Field(0.02, gt=0)
+    equilibration_fs: float = Field(100.0, ge=0)
+    replicas: int = Field(1, ge=1)
+
+    def schedules(self) -> list[Schedule]:
+        """One schedule for each temperature."""
+        rest = (self.frames, self.spacing_fs, self.timestep_fs, self.friction_per_fs, self.equilibration_fs)
+        pairs = [t if isinstance(t, tuple) else (t, t) for t in self.temperatures]
+        return [Schedule(a, b, *rest) for a, b in pairs]
+
+
+class ActiveLearning(_Strict):
+    """Settings of a run; the keys of its YAML file.
+
+    Attributes:
+        folder: everything is written here.
+        data: labelled frames to begin with (REF_energy in eV, REF_forces in eV/Å).
+        valid_fraction: of all labelled frames, used for validation.
+        label: labeler, as for ``equitune label``.
+        train: flags of ``mace_run_train`` without dashes; ours are added: name, seed, files, work_dir.
+        members: models of the committee; they differ by their seeds.
+        window: lower and upper bound of the largest force deviation, meV/Å.
+        per_round: frames labelled in a round at most.
+        stop_below: end when a smaller fraction of the explored frames is in the window or above.
+        max_rounds: end in any case.
+        workers: processes for dynamics and labels, and members trained at a time.
+        seed: of everything.
+    """
+
+    folder: Path
+    data: Path
+    valid_fraction: float = Field(0.1, gt=0, lt=1)
+    label: str
+    train: dict[str, Any]
+    members: int = Field(4, ge=2)
+    window: tuple[float, float] = (100.0, 300.0)
+    per_round: int = Field(50, ge=1)
+    stop_below: float = Field(0.005, gt=0, lt=1)
+    max_rounds: int = Field(10, ge=1)
+    workers: int = Field(1, ge=1)
+    timeout: float | None = Field(None, gt=0)
+    seed: int = 0
+    explore: Explore
+
+    @model_validator(mode="after")
+    def _check(self) -> ActiveLearning:
+        if not 0 <= self.window[0] < self.window[1]:
+            raise ValueError(f"window: expected lower < upper in meV/Å, got {list(self.window)}")
+        ours = [k for k in self.train if k in _OURS]
+        if ours:
+            raise ValueError(f"train: {ours[0]} is set by the loop; leave it out")
+        self.explore.schedules()
+        return self
+
+
+def read_config(path: Path) -> ActiveLearning:
+    """Read a YAML file; paths in it are relative to its folder.
+
+    Raises:
+        FileNotFoundError: no such file, or one that it names.
+        ValueError: an unknown key or a wrong value; which one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        config = ActiveLearning.model_validate(content)
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "config"
+        raise ValueError(f"{path}: {where}: {first['msg']}, got {first['input']!r:.80}") from err
+    base = path.parent.resolve()
+    config.folder, config.data = base / config.folder, base / config.data
+    config.explore.starts = base / config.explore.starts
+    for flag, value in config.train.items():  # files among the flags
+        if isinstance(value, str) and (base / value).is_file():
+            config.train[flag] = str(base / value)
+    for file in (config.data, config.explore.starts):
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: no file {file}")
+    open_labeler(config.label)
+    return config
+
+
+def run(config: ActiveLearning, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Rounds until the candidate rate is low enough.
+
+    Args:
+        config: settings.
+        say: gets a line for every step.
+
+    Returns:
+        a summary of every round, which is also in ``rounds.json``.
+    """
+    config.folder.mkdir(parents=True, exist_ok=True)
+    rounds: list[dict[str, Any]] = []
+    data = config.data
+    for number in range(config.max_rounds):
+        place = config.folder / f"round-{number:02d}"
+        summary, data = _round(config, number, place, data, say)
+        rounds.append(summary)
+        write_text(config.folder / "rounds.json", json.dumps(rounds, indent=1) + "\n")
+        if summary["candidate_rate"] < config.stop_below:
+            say(f"candidate rate below {100 * config.stop_below:g} %: done; the models are in {place}")
+            break
+        if not summary["labelled"]:
+            say("nothing to label between the bounds, but frames above them: lower the temperature or raise the bound")
+            break
+    else:
+        say(f"max_rounds reached; frames labelled in the last round are in {data} and not trained on yet")
+    return rounds
+
+
+def _round(
+    config: ActiveLearning, number: int, place: Path, data: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Any], Path]:
+    """One round; returns its summary and the labelled frames after it."""
+    place.mkdir(exist_ok=True)
+    _split(config, number, place, data)
+    say(f"round {number}: {len(ase.io.read(data, ':'))} labelled frames, training {config.members} members")
+    _train(config, place)
+    members = [f"mace:{place / f'member-{k}' / 'run.model'}" for k in range(config.members)]
+    explored = place / "explored.xyz"
+    if not explored.exists():
+        starts = ase.io.read(config.explore.starts, ":")
+        dropped = sample_md(
+            starts, explored, members[0], config.explore.schedules(), replicas=config.explore.replicas,
+            seed=config.seed + 1000 * (number + 1), workers=config.workers,
+        )  # fmt: skip
+        write_text(place / "dropped.json", json.dumps(dict(dropped)) + "\n")
+    frames = ase.io.read(explored, ":")
+    deviation = _deviation(place, frames, members)
+    split = within(deviation, *config.window)
+    chosen = _choose(deviation, split.inside, config.per_round)
+    rate = (len(split.inside) + len(split.above)) / len(frames)
+    summary: dict[str, Any] = {
+        "round": number, "explored": len(frames), "dropped": json.loads((place / "dropped.json").read_text()),
+        "in_window": len(split.inside), "above": len(split.above), "candidate_rate": rate,
+        "median_deviation": float(np.median(deviation)), "labelled": len(chosen),
+    }  # fmt: skip
+    say(f"round {number}: {len(frames)} frames explored, candidate rate {100 * rate:.2f} %, labelling {len(chosen)}")
+    if not len(chosen) or rate < config.stop_below:
+        return summary | {"labelled": 0}, data
+    if not (place / "chosen.xyz").exists():
+        _write(place / "chosen.xyz", [frames[i] for i in chosen])
+    if not (place / "labelled.xyz").exists():
+        label(
+            place / "chosen.xyz", place / "labelled.xyz", config.label, workers=config.workers, timeout=config.timeout
+        )
+    new = ase.io.read(place / "labelled.xyz", ":")
+    if not (place / "all.xyz").exists():
+        _write(place / "all.xyz", [*ase.io.read(data, ":"), *new])
+    return summary | {"labelled": len(new), **_errors(place, new, members[0])}, place / "all.xyz"
+
+
+def _split(config: ActiveLearning, number: int, place: Path, data: Path) -> None:
+    """Training and validation frames of a round."""
+    if (place / "valid.xyz").exists():
+        return
+    frames = ase.io.read(data, ":")
+    order = np.random.default_rng([config.seed, number]).permutation(len(frames))
+    held = max(1, round(config.valid_fraction * len(frames)))
+    if len(frames) <= held:
+        raise ValueError(f"data: expected more than {held} labelled frames in {data}, got {len(frames)}")
+    _write(place / "train.xyz", [frames[i] for i in order[held:]])
+    _write(place / "valid.xyz", [frames[i] for i in order[:held]])
+
+
+def _train(config: ActiveLearning, place: Path) -> None:
+    """Members by the real command, ``workers`` at a time; those that are finished are left alone."""
+    todo = [k for k in range(config.members) if not (place / f"member-{k}" / "run.model").is_file()]
+    while todo:
+        batch, todo = todo[: config.workers], todo[config.workers :]
+        running = []
+        for k in batch:
+            work = place / f"member-{k}"
+            work.mkdir(exist_ok=True)
+            log = (work / "output.log").open("a")
+            running.append((k, subprocess.Popen(_command(config, place, k), stdout=log, stderr=log, env=_one_thread())))
+            log.close()
+        for k, process in running:
+            if process.wait():
+                log_file = place / f"member-{k}" / "output.log"
+                raise ValueError(f"training of member {k} failed; its output is in {log_file}")
+
+
+def _one_thread() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _command(config: ActiveLearning, place: Path, member: int) -> list[str]:
+    flags: dict[str, Any] = {"default_dtype": "float64", "device": "cpu"} | config.train
+    flags |= {
+        "name": "run", "seed": config.seed + member + 1, "train_file": place / "train.xyz",
+        "valid_file": place / "valid.xyz", "work_dir": place / f"member-{member}", "restart_latest": True,
+    }  # fmt: skip
+    command = [str(Path(sys.executable).parent / "mace_run_train")]
+    for name, value in flags.items():
+        command += [f"--{name}"] if value is True else [f"--{name}={value}"]
+    return command
+
+
+def _deviation(place: Path, frames: list[ase.Atoms], members: list[str]) -> np.ndarray:
+    """Largest force deviations in meV/Å (frames,), kept in a file."""
+    file = place / "deviation.json"
+    if file.is_file():
+        return np.array(json.loads(file.read_text()))
+    deviation: np.ndarray = 1e3 * committee_deviation(frames, members)
+    write_text(file, json.dumps([round(float(d), 6) for d in deviation]) + "\n")
+    return deviation
+
+
+def _choose(deviation: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` frames of the window, evenly by deviation."""
+    if len(inside) <= count:
+        return inside
+    order = inside[np.argsort(deviation[inside])]
+    chosen: np.ndarray = np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(int)])
+    return chosen
+
+
+def _errors(place: Path, frames: list[ase.Atoms], member: str) -> dict[str, float]:
+    """Errors of the first member on the frames that it had not seen when they were made."""
+    file = place / "errors.json"
+    if not file.is_file():
+        labeler = open_labeler(member)
+        found = [labeler.label(a) for a in frames]
+        de = np.array([f.energy - a.info["REF_energy"] for f, a in zip(found, frames, strict=True)])
+        atoms = np.array([len(a) for a in frames])
+        df = np.concatenate([f.forces - a.arrays["REF_forces"] for f, a in zip(found, frames, strict=True)])
+        row = {"mae_e": 1e3 * float(np.abs(de / atoms).mean()), "mae_f": 1e3 * float(np.abs(df).mean())}
+        write_text(file, json.dumps(row) + "\n")
+    content: dict[str, float] = json.loads(file.read_text())
+    return content
+
+
+def _write(path: Path, frames: list[ase.Atoms]) -> None:
+    with atomic_path(path) as temporary:
+        ase.io.write(temporary, frames, format="extxyz", write_results=False)

@@ -1,0 +1,118 @@
+"""equitune active-learn: real training, dynamics, labels; stopped and continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import yaml
+from ase.build import molecule
+
+from mace_lora.augment.active import _choose, read_config
+
+PROGRAM = Path(sys.executable).parent / "equitune"
+CONFIG = {
+    "folder": "run", "data": "labelled.xyz", "label": "gfn1-xtb", "members": 2, "window": [1, 1000], "per_round": 3,
+    "max_rounds": 2, "workers": 2, "stop_below": 0.001,
+    "train": {
+        "foundation_model": "base.model", "E0s": "estimated", "multiheads_finetuning": False, "lora": True,
+        "lora_rank": 2, "lr": 0.02, "batch_size": 5, "max_num_epochs": 2, "loss": "weighted",
+        "default_dtype": "float32",
+    },
+    "explore": {"starts": "start.xyz", "temperatures": [800.0], "frames": 4, "spacing_fs": 5.0, "equilibration_fs": 10},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A base, 12 frames of ethanol with GFN1-xTB labels, a start and a config."""
+    pytest.importorskip("mace")
+    pytest.importorskip("tblite")
+    import torch
+
+    from mace_lora import embedded_base
+    from mace_lora.augment import label
+    from mace_lora.mace_plugin.convert import save_model
+
+    save_model(embedded_base(torch.float32), tmp_path / "base.model")
+    frames = []
+    for seed in range(12):
+        atoms = molecule("CH3CH2OH")
+        atoms.rattle(0.05, seed=seed)
+        frames.append(atoms)
+    label(frames, tmp_path / "labelled.xyz", "gfn1-xtb")
+    ase.io.write(tmp_path / "start.xyz", molecule("CH3CH2OH"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def test_two_rounds_with_a_kill_between(folder):
+    run = [str(PROGRAM), "active-learn", str(folder / "config.yaml")]
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ, cwd="/")
+    first = folder / "run" / "round-00" / "explored.xyz"
+    while process.poll() is None and not first.exists():
+        time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    model = first.parent / "member-0" / "run.model"
+    made = model.stat().st_mtime_ns
+    done = subprocess.run(run, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert model.stat().st_mtime_ns == made  # not trained again
+    rounds = json.loads((folder / "run" / "rounds.json").read_text())
+    assert [r["round"] for r in rounds] == [0, 1]
+    for r in rounds:
+        assert r["explored"] == 4
+        assert r["candidate_rate"] == (r["in_window"] + r["above"]) / 4
+        assert 0 < r["labelled"] <= 3
+        assert r["mae_f"] > 0
+    counts = [len(ase.io.read(folder / "run" / f"round-0{n}" / "all.xyz", ":")) for n in (0, 1)]
+    assert counts == [12 + rounds[0]["labelled"], 12 + rounds[0]["labelled"] + rounds[1]["labelled"]]
+    parts = [ase.io.read(folder / "run" / "round-01" / f"{p}.xyz", ":") for p in ("train", "valid")]
+    assert sum(map(len, parts)) == counts[0]
+    assert "max_rounds reached" in " ".join(done.stdout.split())
+    assert (folder / "run" / "rounds.png").stat().st_size > 5000
+
+
+def test_even_choice_by_deviation():
+    deviation = np.array([10.0, 200.0, 150.0, 120.0, 290.0, 500.0])
+    assert list(_choose(deviation, np.array([1, 2, 3, 4]), 2)) == [3, 4]
+    assert list(_choose(deviation, np.array([1, 2, 3, 4]), 9)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": [1, 2]}, "windows: Extra inputs are not permitted"),
+        ({"members": 1}, "members: Input should be greater than or equal to 2, got 1"),
+        ({"window": [300, 100]}, "window: expected lower < upper in meV/Å"),
+        ({"train": {"seed": 3}}, "train: seed is set by the loop"),
+        (
+            {"explore": {"starts": "start.xyz", "frames": 0}},
+            "explore.frames: Input should be greater than or equal to 1",
+        ),
+        ({"explore": {"starts": "start.xyz", "temperatures": [-5.0]}}, "start: expected a number > 0, got -5.0"),
+        ({"label": "gfn9"}, "labeler: unknown name 'gfn9'"),
+    ],
+)
+def test_configs_that_do_not_fit(change, message, tmp_path):
+    for name in ("labelled.xyz", "start.xyz"):
+        ase.io.write(tmp_path / name, molecule("H2O"))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG | change))
+    with pytest.raises(ValueError, match=r".*") as caught:
+        read_config(tmp_path / "c.yaml")
+    assert message in str(caught.value)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*c.yaml"):
+        read_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    with pytest.raises(FileNotFoundError, match=r"no file .*labelled.xyz"):
+        read_config(tmp_path / "c.yaml")
