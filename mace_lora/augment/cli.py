@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mace_lora.console import console
 
+from .journal import complete_frames
 from .labelling import LabelReport, iter_frames
 from .labelling import label as label_frames
 
@@ -41,7 +42,7 @@ def label(
 
         console.print(labeler_help(), highlight=False, markup=False)
         return
-    total = sum(1 for _ in iter_frames(frames))
+    total = _count(frames)
     columns = (
         TextColumn("labelling"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -64,6 +65,14 @@ def label(
         raise typer.Exit(130) from None
     for line in _summary(report):
         console.print(line, highlight=False, markup=False)
+
+
+def _count(frames: Path) -> int:
+    """Number of frames, for the progress bar; of xyz files by lines alone."""
+    if frames.suffix not in (".xyz", ".extxyz") or not frames.is_file():
+        return sum(1 for _ in iter_frames(frames))
+    with frames.open("rb") as handle:
+        return sum(1 for _ in complete_frames(handle))
 
 
 def _summary(report: LabelReport) -> list[str]:

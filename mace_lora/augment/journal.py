@@ -14,7 +14,7 @@ from typing import BinaryIO
 import ase
 import numpy as np
 
-__all__ = ["KEY", "Journal", "frame_key"]
+__all__ = ["KEY", "Journal", "complete_frames", "frame_key"]
 
 KEY = "label_key"
 _KEY = re.compile(rb"\b" + KEY.encode() + rb'="?([0-9a-f]{32})')
