@@ -22,6 +22,15 @@ from mace_lora import (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def float32():
+    """SevenNet builds its model in the default precision, which other tests change."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
 def foundation(name: str = "7net-0"):
     from sevenn.checkpoint import SevenNetCheckpoint
     from sevenn.util import pretrained_name_to_path
