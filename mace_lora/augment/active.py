@@ -25,7 +25,7 @@ from mace_lora.atomic import atomic_path, write_text
 
 from .dynamics import Schedule, sample_md
 from .labelers import open_labeler
-from .labelling import label
+from .labelling import iter_frames, label
 from .selection import committee_deviation, within
 
 __all__ = ["ActiveLearning", "read_config", "run"]
@@ -78,6 +78,7 @@ class ActiveLearning(_Strict):
         stop_below: end when a smaller fraction of the explored frames is in the window or above.
         max_rounds: end in any case.
         workers: processes for dynamics and labels, and members trained at a time.
+        timeout: seconds a label may take.
         seed: of everything.
     """
 
@@ -147,6 +148,7 @@ def run(config: ActiveLearning, say: Callable[[str], None] = print) -> list[dict
         a summary of every round, which is also in ``rounds.json``.
     """
     config.folder.mkdir(parents=True, exist_ok=True)
+    _same_settings(config)
     rounds: list[dict[str, Any]] = []
     data = config.data
     for number in range(config.max_rounds):
@@ -163,6 +165,21 @@ def run(config: ActiveLearning, say: Callable[[str], None] = print) -> list[dict
     else:
         say(f"max_rounds reached; frames labelled in the last round are in {data} and not trained on yet")
     return rounds
+
+
+def _same_settings(config: ActiveLearning) -> None:
+    """Rounds of other settings must not be continued with these; what only says how long and where may change."""
+    free = {"folder", "max_rounds", "stop_below", "timeout", "workers"}
+    content, file = json.loads(config.model_dump_json(exclude=free)), config.folder / "settings.json"
+    if file.is_file():
+        before = json.loads(file.read_text())
+        changed = [k for k in content if before.get(k) != content[k]]
+        if changed:
+            raise ValueError(
+                f"{config.folder}: {changed[0]}: its rounds were made with {before.get(changed[0])}, the config now "
+                f"has {content[changed[0]]}; change it back, or give another 'folder'"
+            )
+    write_text(file, json.dumps(content) + "\n")
 
 
 def _round(
@@ -182,13 +199,15 @@ def _round(
             seed=config.seed + 1000 * (number + 1), workers=config.workers,
         )  # fmt: skip
         write_text(place / "dropped.json", json.dumps(dict(dropped)) + "\n")
-    frames = ase.io.read(explored, ":")
+    frames = list(iter_frames(explored))
+    if not frames:
+        raise ValueError(f"explore: every frame was dropped as unsound; lower 'temperatures', and remove {explored}")
     deviation = _deviation(place, frames, members)
     split = within(deviation, *config.window)
     chosen = _choose(deviation, split.inside, config.per_round)
     rate = (len(split.inside) + len(split.above)) / len(frames)
     summary: dict[str, Any] = {
-        "round": number, "explored": len(frames), "dropped": json.loads((place / "dropped.json").read_text()),
+        "round": number, "explored": len(frames), "dropped": _dropped(place),
         "in_window": len(split.inside), "above": len(split.above), "candidate_rate": rate,
         "median_deviation": float(np.median(deviation)), "labelled": len(chosen),
     }  # fmt: skip
@@ -201,10 +220,20 @@ def _round(
         label(
             place / "chosen.xyz", place / "labelled.xyz", config.label, workers=config.workers, timeout=config.timeout
         )
-    new = ase.io.read(place / "labelled.xyz", ":")
+    new = list(iter_frames(place / "labelled.xyz"))
+    if not new:
+        raise ValueError(
+            f"label: none of the chosen frames got a label; reasons are in {place / 'labelled.failed.xyz'}"
+        )
     if not (place / "all.xyz").exists():
         _write(place / "all.xyz", [*ase.io.read(data, ":"), *new])
     return summary | {"labelled": len(new), **_errors(place, new, members[0])}, place / "all.xyz"
+
+
+def _dropped(place: Path) -> dict[str, int] | None:
+    """What exploration left out; unknown after a kill right before it was noted."""
+    file = place / "dropped.json"
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _split(config: ActiveLearning, number: int, place: Path, data: Path) -> None:

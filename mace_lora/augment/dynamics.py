@@ -27,7 +27,7 @@ from mace_lora.atomic import atomic_path, write_text
 
 from .executors import open_executor
 from .journal import Journal, frame_key
-from .perturb import keep_sound
+from .perturb import bare, keep_sound
 
 __all__ = ["Schedule", "sample_md", "trajectory"]
 
@@ -112,9 +112,9 @@ def _rounded(atoms: ase.Atoms, start: ase.Atoms) -> ase.Atoms:
     def digits(values: np.ndarray) -> np.ndarray:
         return np.array([float(f"{x:.8f}") for x in values.reshape(-1)]).reshape(values.shape)
 
-    frame = ase.Atoms(atoms.numbers, positions=digits(atoms.positions), cell=start.cell, pbc=start.pbc)
+    frame = bare(start)
+    frame.positions = digits(atoms.positions)
     frame.set_momenta(digits(atoms.get_momenta()))
-    frame.info.update({k: v for k, v in start.info.items() if k in ("charge", "spin", "smiles")})
     return frame
 
 
@@ -172,7 +172,7 @@ def sample_md(
     _same_settings(folder, starts, with_, schedules, seed)
     with open_executor(executor, workers, threads) as (pool, _):
         futures = [
-            pool.submit(_run_one, _bare(starts[s]), with_, schedule, own, str(path)) for s, schedule, own, path in jobs
+            pool.submit(_run_one, bare(starts[s]), with_, schedule, own, str(path)) for s, schedule, own, path in jobs
         ]
         for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
             future.result()
@@ -205,9 +205,3 @@ def _same_settings(
             "on, or remove it to start anew"
         )
     write_text(file, json.dumps(content) + "\n")
-
-
-def _bare(atoms: ase.Atoms) -> ase.Atoms:
-    copy = ase.Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    copy.info.update({k: v for k, v in atoms.info.items() if k in ("charge", "spin", "smiles")})
-    return copy

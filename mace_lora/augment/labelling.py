@@ -151,9 +151,10 @@ def _check_owner(path: Path, name: str) -> None:
         comment = handle.readline()
     if not comment.endswith("\n"):
         return  # torn within the first frame
-    found = re.search(r'label_name="?([^" ]+)', comment)
-    if found is None or found.group(1) != name:
-        holds = f"labels of {found.group(1)}" if found else "frames that equitune label did not write"
+    found = re.search(r'label_name=(?:"([^"]*)"|(\S+))', comment)
+    owner = (found.group(1) or found.group(2)) if found else None
+    if owner != name:
+        holds = f"labels of {owner}" if owner else "frames that equitune label did not write"
         raise ValueError(f"output: {path} holds {holds}, not of {name}; choose another output")
 
 
@@ -177,7 +178,7 @@ def iter_frames(frames: str | Path | Iterable[ase.Atoms]) -> Iterator[ase.Atoms]
     except Exception as err:  # ASE's readers raise whatever their parsing runs into
         raise ValueError(
             f"{path}: frame {count} (counted from 0) cannot be read ({type(err).__name__}: {err}); the file is "
-            "truncated or damaged there. The frames before it are kept"
+            "truncated or damaged there"
         ) from err
 
 

@@ -12,7 +12,7 @@ from ase.neighborlist import neighbor_list
 
 from .topology import find_bonds, molecules, smaller_side, unwrap
 
-__all__ = ["cluster", "keep_sound", "rattle", "strain", "stretch_bond"]
+__all__ = ["bare", "cluster", "keep_sound", "rattle", "strain", "stretch_bond"]
 
 
 def rattle(atoms: ase.Atoms, std: float, rng: np.random.Generator) -> ase.Atoms:
@@ -23,7 +23,7 @@ def rattle(atoms: ase.Atoms, std: float, rng: np.random.Generator) -> ase.Atoms:
         std: standard deviation of each component, Å.
         rng: random numbers.
     """
-    moved = _plain(atoms)
+    moved = bare(atoms)
     moved.positions += rng.normal(0.0, std, moved.positions.shape)
     return moved
 
@@ -42,7 +42,7 @@ def strain(atoms: ase.Atoms, largest: float, rng: np.random.Generator) -> ase.At
     if not atoms.pbc.all():
         raise ValueError(f"strain: expected a frame periodic in all directions, got pbc {atoms.pbc.tolist()}")
     upper = np.triu(rng.uniform(-largest, largest, (3, 3)))
-    strained = _plain(atoms)
+    strained = bare(atoms)
     strained.set_cell(np.array(atoms.cell) @ (np.eye(3) + (upper + upper.T) / 2), scale_atoms=True)
     return strained
 
@@ -73,7 +73,7 @@ def stretch_bond(
             continue
         (i, j), vector = bonds.pairs[bond], bonds.vectors[bond]
         factor = float(rng.uniform(low, high))
-        stretched = _plain(atoms)
+        stretched = bare(atoms)
         direction = vector if j in side else -vector
         stretched.positions[side] += (factor - 1.0) * direction
         stretched.info.update(stretched=f"{i}-{j}", stretch_factor=factor)
@@ -142,7 +142,7 @@ def keep_sound(
             yield atoms
 
 
-def _plain(atoms: ase.Atoms) -> ase.Atoms:
+def bare(atoms: ase.Atoms) -> ase.Atoms:
     """A copy without results, velocities and labels, which belong to the old positions."""
     copy = ase.Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     keep = ("charge", "spin", "smiles")

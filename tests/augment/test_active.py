@@ -78,6 +78,10 @@ def test_two_rounds_with_a_kill_between(folder):
     assert sum(map(len, parts)) == counts[0]
     assert "max_rounds reached" in " ".join(done.stdout.split())
     assert (folder / "run" / "rounds.png").stat().st_size > 5000
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"per_round": 2}))
+    done = subprocess.run(run, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2
+    assert "per_round: its rounds were made with 3, the config now has 2" in " ".join(done.stderr.split())
 
 
 def test_even_choice_by_deviation():

@@ -240,6 +240,10 @@ def test_files_that_are_not_ours(tmp_path):
     label(frames, tmp_path / "out.xyz", "emt")
     with pytest.raises(ValueError, match="holds labels of emt, not of own_labelers:slow; choose another output"):
         label(frames, tmp_path / "out.xyz", "own_labelers:slow")
+    text = (tmp_path / "out.xyz").read_text().replace("label_name=emt", 'label_name="mace:a b.model"')
+    (tmp_path / "spaced.xyz").write_text(text)
+    with pytest.raises(ValueError, match=r"holds labels of mace:a b\.model, not of emt"):
+        label(frames, tmp_path / "spaced.xyz", "emt")
     ase.io.write(tmp_path / "plain.xyz", frames)
     with pytest.raises(ValueError, match="holds frames that equitune label did not write"):
         label(frames, tmp_path / "plain.xyz", "emt")

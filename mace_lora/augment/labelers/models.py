@@ -14,11 +14,12 @@ __all__ = ["METHODS"]
 
 def _file(kind: str, argument: str) -> tuple[Path, Path | None]:
     name, _, adapter = argument.partition("+")
-    paths = (Path(name).resolve(), Path(adapter).resolve() if adapter else None)
-    for path in paths:
-        if path is not None and not path.exists() and name != "embedded":
+    base = Path(name) if name == "embedded" else Path(name).resolve()
+    folder = Path(adapter).resolve() if adapter else None
+    for path in (base, folder):
+        if path is not None and not path.exists() and path != Path("embedded"):
             raise ValueError(f"labeler {kind}: no file {path}")
-    return paths
+    return base, folder
 
 
 def _known(calculator: Any, elements: set[str], name: str) -> Factory:
@@ -44,7 +45,7 @@ def _mace(argument: str) -> tuple[Factory, str]:
     from mace_lora.lora.inject import merge_lora
 
     path, adapter = _file("mace", argument)
-    model = model_from(Path("embedded") if argument.startswith("embedded") else path).double()
+    model = model_from(path).double()
     if adapter is not None:
         model = merge_lora(load_adapter(model, adapter))
     calculator = MACECalculator(models=[model], device="cpu", default_dtype="float64")
