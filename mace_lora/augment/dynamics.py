@@ -169,7 +169,7 @@ def sample_md(
         (s, schedule, (seed, s, t, r), folder / f"{s:05d}-{t}-{r}.xyz")
         for s in range(len(starts)) for t, schedule in enumerate(schedules) for r in range(replicas)
     ]  # fmt: skip
-    _same_settings(folder, starts, with_, schedules, seed)
+    _same_settings(folder, starts, potential.identity, schedules, seed)
     with open_executor(executor, workers, threads) as (pool, _):
         futures = [
             pool.submit(_run_one, bare(starts[s]), with_, schedule, own, str(path)) for s, schedule, own, path in jobs

@@ -106,11 +106,11 @@ def label(
         raise FileNotFoundError(f"no file {frames}")
     labeler = open_labeler(with_)  # fails before anything is started
     source = " ".join([labeler.level, *(f"{k} {v}" for k, v in labeler.versions.items())])
-    provenance = {"label_source": source, "label_name": with_, "label_units": "eV, eV/Å, eV/Å^3"}
+    provenance = {"label_source": source, "label_name": labeler.identity, "label_units": "eV, eV/Å, eV/Å^3"}
     output = Path(output)
     partial, failed_file = output.with_name(f"{output.name}.partial"), output.with_suffix(f".failed{output.suffix}")
     for path in (output, partial):
-        _check_owner(path, with_)
+        _check_owner(path, labeler.identity)
     if output.exists() and not partial.exists():
         output.replace(partial)  # more frames may have come
     if retry_failed:
@@ -118,7 +118,7 @@ def label(
     report = LabelReport(output, failed_file, workers=workers)
     start = time.perf_counter()
     with Journal(partial) as done, Journal(failed_file) as failed:
-        run = _Run(with_, prefix, timeout, provenance, done, failed, report, progress, start)
+        run = _Run(with_, labeler.identity, prefix, timeout, provenance, done, failed, report, progress, start)
         stream = iter_frames(frames)
         try:
             tasks = run.tasks(stream, retry_failed)
@@ -186,18 +186,19 @@ class _Run:
     """State of one run: what is written, what is under way."""
 
     def __init__(
-        self, name: str, prefix: str, timeout: float | None, provenance: dict[str, Any], done: Journal,
+        self, name: str, identity: str, prefix: str, timeout: float | None, provenance: dict[str, Any], done: Journal,
         failed: Journal, report: LabelReport, progress: Callable[[LabelReport], None] | None, start: float,
     ) -> None:  # fmt: skip
         self.settings = (name, prefix, timeout, provenance)
-        self.name, self.done, self.failed, self.report = name, done, failed, report
+        self.name, self.identity = name, identity
+        self.done, self.failed, self.report = done, failed, report
         self.progress, self.start = progress, start
         self.seen: set[bytes] = set()
 
     def tasks(self, frames: Iterator[ase.Atoms], retry_failed: bool) -> Iterator[Task]:
         """Frames that have no label yet."""
         for index, atoms in enumerate(frames):
-            key = frame_key(atoms, self.name)
+            key = frame_key(atoms, self.identity)
             own = bytes.fromhex(key)
             if own in self.seen:
                 self.report.duplicates += 1

@@ -83,16 +83,18 @@ def stretch_bond(
 
 
 def cluster(atoms: ase.Atoms, count: int, scale: float = 1.25) -> ase.Atoms:
-    """The molecules nearest to the centre of the box, in vacuum, each of them whole.
+    """The molecules nearest to the centre of the box (of mass, without a box), in vacuum, each of them whole.
 
     Args:
-        atoms: a periodic frame of molecules.
+        atoms: a frame of molecules, periodic in all directions or in none.
         count: number of molecules.
         scale: what counts as a bond, in sums of covalent radii.
 
     Raises:
-        ValueError: there are fewer molecules, or one is bound to its own image.
+        ValueError: there are fewer molecules, one is bound to its own image, or the frame is a slab or wire.
     """
+    if atoms.pbc.any() and not atoms.pbc.all():
+        raise ValueError(f"cluster: expected a frame periodic in all directions or in none, got {atoms.pbc.tolist()}")
     bonds = find_bonds(atoms, scale)
     found = molecules(bonds)
     if count < 1 or len(found) < count:
@@ -101,10 +103,12 @@ def cluster(atoms: ase.Atoms, count: int, scale: float = 1.25) -> ase.Atoms:
     for (i, j), vector in zip(bonds.pairs, bonds.vectors, strict=True):
         if np.abs(whole.positions[j] - whole.positions[i] - vector).max() > 1e-6:
             raise ValueError("cluster: a molecule is bound to its own periodic image; this is no molecular system")
-    cell, centre = np.array(atoms.cell), np.array(atoms.cell).sum(0) / 2
     middle = np.array([whole.positions[m].mean(0) for m in found])
-    fractional = (middle - centre) @ np.linalg.inv(cell)
-    middle -= np.round(fractional) @ cell  # the image nearest to the centre
+    if atoms.pbc.all():
+        cell, centre = np.array(atoms.cell), np.array(atoms.cell).sum(0) / 2
+        middle -= np.round((middle - centre) @ np.linalg.inv(cell)) @ cell  # the image nearest to the centre
+    else:
+        centre = atoms.get_center_of_mass()
     shift = middle - np.array([whole.positions[m].mean(0) for m in found])
     chosen = np.sort(np.argsort(np.linalg.norm(middle - centre, axis=1))[:count])
     index = np.concatenate([found[c] for c in chosen])

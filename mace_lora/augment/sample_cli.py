@@ -20,11 +20,14 @@ from mace_lora.console import console
 
 from .dynamics import Schedule, sample_md
 from .labelling import iter_frames
+from .packing import molecule, pack
 from .perturb import cluster, keep_sound, rattle, strain, stretch_bond
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Make new frames: dynamics, rattle, strain, stretched bonds, clusters.")
+app = typer.Typer(
+    no_args_is_help=True, help="Make new frames: dynamics, rattle, strain, stretching, clusters, packed liquids."
+)
 Frames = Annotated[Path, typer.Argument(help="frames to start from, any format ASE reads (Å)")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="extxyz to write, unlabelled")]
 Seed = Annotated[int, typer.Option(help="equal seeds give equal frames")]
@@ -108,8 +111,31 @@ def stretch_frames(
 def cluster_frames(
     frames: Frames, output: Output, molecules: Annotated[int, typer.Option(help="molecules of a cluster")] = 3
 ) -> None:
-    """Cut the molecules nearest to the box centre out of periodic frames, whole and in vacuum."""
+    """Cut out the molecules nearest to the centre of the box (or droplet), whole and in vacuum."""
     _each(frames, output, 1, 0, lambda a, rng: cluster(a, molecules))
+
+
+@app.command("pack")
+def pack_box(
+    species: Annotated[list[str], typer.Argument(help="for each species a file of its molecule, or its SMILES")],
+    output: Output,
+    density: Annotated[float, typer.Option(help="g/cm³")],
+    counts: Annotated[str, typer.Option("--count", help="molecules of each species, comma-separated")],
+    boxes: Annotated[int, typer.Option(help="independent boxes")] = 1,
+    tolerance: Annotated[float, typer.Option(help="least distance between molecules, Å")] = 2.0,
+    seed: Seed = 0,
+) -> None:
+    """Pack a molecular liquid into a cubic periodic box at a density (by Packmol)."""
+    try:
+        numbers = [int(n) for n in counts.split(",")]
+    except ValueError:
+        raise ValueError(f"--count: expected whole numbers, comma-separated, got {counts!r}") from None
+    found = [molecule(s, seed) for s in species]
+    frames = [pack(found, numbers, density, seed * 1000 + k, tolerance) for k in range(boxes)]
+    with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        write_extxyz(handle, frames, write_results=False)
+    console.print(f"box of {frames[0].cell[0, 0]:.2f} Å, {len(frames[0])} atoms" if frames else "", highlight=False)
+    _finish(output, Counter())
 
 
 def _each(

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .check import Finding, check_frames
+from .check import Finding, check_frames, require_sound
 
-__all__ = ["Finding", "check_frames"]
+__all__ = ["Finding", "check_frames", "require_sound"]

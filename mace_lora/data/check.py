@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import ase
+import ase.io
 import numpy as np
 from numpy.typing import NDArray
 
 from .consistency import energy_force_slope, units_of_slope
 
-__all__ = ["Finding", "check_frames"]
+__all__ = ["Finding", "check_frames", "require_sound"]
 
 Floats = NDArray[np.float64]
 Severity = Literal["error", "warning", "info"]
@@ -63,6 +65,30 @@ def check_frames(
     found += _consistency(frames, energies, forces)
     order = {"error": 0, "warning": 1, "info": 2}
     return sorted(found, key=lambda f: order[f.severity])
+
+
+def require_sound(
+    frames: str | Path | Sequence[ase.Atoms], energy_key: str = "REF_energy", forces_key: str = "REF_forces",
+    say: Callable[[str], None] = print,
+) -> None:  # fmt: skip
+    """Stop before anything is trained on frames with errors; what is only suspicious is said.
+
+    Args:
+        frames: a file that ASE reads, or frames.
+        energy_key, forces_key: as for :func:`check_frames`.
+        say: gets a line for every warning.
+
+    Raises:
+        ValueError: the first error, its frames and the remedy.
+    """
+    name = str(frames) if isinstance(frames, str | Path) else "frames"
+    found = check_frames(ase.io.read(frames, ":") if isinstance(frames, str | Path) else frames, energy_key, forces_key)
+    for f in found:
+        which = f"; frames {', '.join(map(str, f.frames))}" if f.frames else ""
+        if f.severity == "error":
+            raise ValueError(f"{name}: {f.what}{which}; {f.remedy}")
+        if f.severity == "warning":
+            say(f"{name}: warning: {f.what}{which}; {f.remedy}")
 
 
 def _labels(

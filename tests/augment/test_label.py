@@ -1,5 +1,6 @@
 """equitune label: complete, resumable, and honest about what failed."""
 
+import functools
 import os
 import random
 import signal
@@ -173,7 +174,9 @@ def test_interrupted_from_the_keyboard(tmp_path):
     frames = tmp_path / "frames.xyz"
     ase.io.write(frames, copper(500))
     run = command(frames, tmp_path / "out.xyz", "own_labelers:slow", "--workers", "1")
-    process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
+    # a shell that runs in the background leaves its children with the signal ignored
+    restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True, preexec_fn=restore)
     partial = tmp_path / "out.xyz.partial"
     while process.poll() is None and not (partial.exists() and partial.stat().st_size > 10_000):
         time.sleep(0.1)
@@ -264,3 +267,24 @@ def test_files_that_are_not_ours(tmp_path):
 def test_settings_that_do_not_fit(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         label(copper(1), tmp_path / "out.xyz", "emt", **settings)
+
+
+def test_another_model_in_the_same_file_is_another_labeler(tmp_path):
+    """The content of the model file belongs to the labels, not its name alone."""
+    pytest.importorskip("mace")
+    import torch
+    from ase.build import molecule
+
+    from mace_lora import embedded_base
+    from mace_lora.mace_plugin.convert import save_model
+
+    file, out = tmp_path / "base.model", tmp_path / "out.xyz"
+    model = embedded_base(torch.float64)
+    save_model(model, file)
+    label([molecule("H2O")], out, f"mace:{file}")
+    assert label([molecule("H2O")], out, f"mace:{file}").before == 1
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    save_model(model, file)
+    with pytest.raises(ValueError, match=r"holds labels of mace:.*#[0-9a-f]{16}, not of mace:.*; choose another"):
+        label([molecule("H2O")], out, f"mace:{file}")

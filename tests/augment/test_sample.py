@@ -15,6 +15,8 @@ from ase import Atoms, units
 from ase.build import bulk, molecule
 
 from mace_lora.augment.dynamics import Schedule, sample_md, trajectory
+from mace_lora.augment.packing import molecule as smiles_molecule
+from mace_lora.augment.packing import pack
 from mace_lora.augment.perturb import cluster, keep_sound, rattle, strain, stretch_bond
 from mace_lora.augment.topology import find_bonds, molecules, smaller_side
 
@@ -110,6 +112,54 @@ def test_cluster_is_whole_and_at_the_centre():
         cluster(water_box(), 65)
     with pytest.raises(ValueError, match="bound to its own periodic image"):
         cluster(bulk("Cu", cubic=True) * (2, 2, 2), 1)
+    droplet = cluster(box, 20)
+    inner = cluster(droplet, 3)
+    assert inner.get_chemical_formula() == "H6O3"
+    far = droplet.positions[droplet.numbers == 8] - droplet.get_center_of_mass()
+    mine = inner.positions[inner.numbers == 8]
+    assert np.linalg.norm(mine, axis=1).max() < np.sort(np.linalg.norm(far, axis=1))[3] + 0.5
+    droplet.pbc = [True, True, False]
+    with pytest.raises(ValueError, match="cluster: expected a frame periodic in all directions or in none"):
+        cluster(droplet, 3)
+
+
+def test_packed_liquid(tmp_path):
+    """Density, whole molecules, least distance across the boundary, equal seeds."""
+    pytest.importorskip("packmol")
+    pytest.importorskip("rdkit")
+    water, ethanol = smiles_molecule("O"), smiles_molecule("CCO")
+    box = pack([water, ethanol], [20, 4], 0.9, seed=3)
+    assert box.get_chemical_formula() == "C8H64O24" and box.pbc.all()
+    grams = box.get_masses().sum() / 6.02214076e23
+    assert grams / (box.get_volume() * 1e-24) == pytest.approx(0.9, rel=1e-5)
+    whole = molecules(find_bonds(box))
+    assert sorted(map(len, whole)) == [3] * 20 + [9] * 4
+    owner = np.empty(len(box), int)
+    for n, member in enumerate(whole):
+        owner[member] = n
+    distances = box.get_all_distances(mic=True)
+    assert distances[owner[:, None] != owner[None]].min() > 1.95
+    np.testing.assert_array_equal(pack([water, ethanol], [20, 4], 0.9, seed=3).positions, box.positions)
+    assert np.abs(pack([water, ethanol], [20, 4], 0.9, seed=4).positions - box.positions).max() > 0.1
+    with pytest.raises(ValueError, match="Packmol found no room for 24 molecules at 6 g/cm"):
+        pack([water, ethanol], [20, 4], 6.0)
+    for counts, density, message in (
+        ([20], 0.9, "counts: expected one number for each of 2 species, got 1"),
+        ([20, 0], 0.9, "counts: expected numbers of at least 1"),
+        ([20, 4], -1.0, "density: expected g/cm.3 between 0 and 30"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack([water, ethanol], counts, density)
+    with pytest.raises(ValueError, match="expected a file or a SMILES string, got 'not one'"):
+        smiles_molecule("not one")
+    with pytest.raises(FileNotFoundError, match=r"no file 'gone\.xyz'"):
+        smiles_molecule("gone.xyz")
+    program = Path(sys.executable).parent / "equitune"
+    run = [program, "sample", "pack", "O", "--count", "30", "--density", "1.0", "-o", str(tmp_path / "w.xyz")]
+    done = subprocess.run([*run, "--boxes", "2"], capture_output=True, text=True, check=True)
+    assert "written: 2 frames" in done.stdout
+    bad = subprocess.run([*run[:5], "many", *run[6:]], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2 and "--count: expected whole numbers" in bad.stderr
 
 
 def test_filters_count_what_they_drop():

@@ -87,10 +87,11 @@ def _emt(argument: str) -> tuple[Factory, str]:
     return (lambda atoms: known(atoms) or EMT()), "EMT"
 
 
+_MACE_HELP = "a MACE .model, or 'embedded', with an adapter"
 METHODS = (
-    Method("mace", "FILE[+ADAPTER]", "a MACE .model, or 'embedded', with an adapter", {"mace": "mace-torch"}, _mace),
-    Method("nequip", "FILE[+ADAPTER]", "a NequIP package or checkpoint", {"nequip": "nequip"}, _nequip),
-    Method("sevennet", "NAME", "a SevenNet model, e.g. 7net-0", {"sevenn": "sevenn"}, _sevennet),
+    Method("mace", "FILE[+ADAPTER]", _MACE_HELP, {"mace": "mace-torch"}, _mace, files=True),
+    Method("nequip", "FILE[+ADAPTER]", "a NequIP package or checkpoint", {"nequip": "nequip"}, _nequip, files=True),
+    Method("sevennet", "NAME", "a SevenNet model, e.g. 7net-0", {"sevenn": "sevenn"}, _sevennet, files=True),
     Method("ani2x", "", "ANI-2x by TorchANI", {"torchani": "torchani"}, _ani2x),
     Method("emt", "", "effective medium theory of ASE, metals", {"ase": "ase"}, _emt),
 )

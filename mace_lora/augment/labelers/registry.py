@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import ase
@@ -44,6 +46,7 @@ class Method:
         packages: importable modules it needs, and their names for pip.
         open: makes the factory and the level's description from the argument.
         electrons: whether charge and multiplicity mean something to it.
+        files: whether the argument names files, joined by ``+``, whose content decides the labels.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Method:
     packages: dict[str, str]
     open: Callable[[str], tuple[Factory, str]]
     electrons: bool = False
+    files: bool = False
 
 
 @dataclass
@@ -59,7 +63,8 @@ class Labeler:
     """A method ready to label.
 
     Attributes:
-        name: as the user wrote it; identifies the labels.
+        name: as the user wrote it.
+        identity: the name, and the content of the files in it; labels of equal identity may be mixed.
         level: description of the level of theory.
         versions: of the programs behind it.
     """
@@ -69,6 +74,10 @@ class Labeler:
     versions: dict[str, str]
     _factory: Factory = field(repr=False)
     _electrons: bool = False
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        self.identity = self.identity or self.name
 
     def calculator(self, atoms: ase.Atoms) -> Any:
         """ASE calculator for a frame.
@@ -152,7 +161,22 @@ def open_labeler(name: str) -> Labeler:
         raise ValueError(f"labeler {head}: it needs {', '.join(missing)}; pip install {' '.join(missing)}")
     factory, level = method.open(argument)
     versions = {pip: _version(pip) for pip in method.packages.values()}
-    return Labeler(name, level, versions, factory, method.electrons)
+    identity = name
+    if method.files and (digest := _digest([Path(a) for a in argument.split("+")])):
+        identity = f"{name}#{digest}"
+    return Labeler(name, level, versions, factory, method.electrons, identity)
+
+
+def _digest(paths: list[Path]) -> str:
+    """16 hexadecimal digits of the content of those that exist; "" when none does."""
+    files = [f for p in paths for f in (sorted(p.glob("adapter_*")) if p.is_dir() else [p]) if f.is_file()]
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _callable(name: str, module: str, attribute: str) -> Labeler:
