@@ -20,7 +20,8 @@ from mace_lora.augment.sample_cli import app as sample
 from mace_lora.augment.select_cli import app as select
 from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
 from mace_lora.data.cli import check
-from mace_lora.evaluate.cli import evaluate
+from mace_lora.evaluate.cli import evaluate, learning_curve
+from mace_lora.evaluate.md_cli import rdf, stability
 from mace_lora.lora.cli import diff, tune
 
 app = typer.Typer(
@@ -223,8 +224,9 @@ def info(
     console.print(table)
 
 
-for command in (evaluate, diff, label, check):
+for command in (evaluate, diff, label, check, stability, rdf):
     app.command()(command)
+app.command("learning-curve")(learning_curve)
 app.add_typer(sample, name="sample")
 app.add_typer(select, name="select")
 app.command("active-learn")(active_learn)

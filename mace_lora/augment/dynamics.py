@@ -29,7 +29,7 @@ from .executors import open_executor
 from .journal import Journal, frame_key
 from .perturb import bare, keep_sound
 
-__all__ = ["Schedule", "sample_md", "trajectory"]
+__all__ = ["Schedule", "run_trajectory", "sample_md", "thermalize_momenta", "trajectory"]
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,27 @@ def _rounded(atoms: ase.Atoms, start: ase.Atoms) -> ase.Atoms:
     return frame
 
 
-def _run_one(start: ase.Atoms, labeler: str, schedule: Schedule, seed: tuple[int, ...], path: str) -> int:
-    """Run or continue one trajectory in a worker; returns its number of frames."""
+def run_trajectory(
+    start: ase.Atoms, labeler: str, schedule: Schedule, seed: tuple[int, ...], path: str,
+    stop: Callable[[ase.Atoms], bool] | None = None,
+) -> int:  # fmt: skip
+    """Run or continue one trajectory in a file, to its end or to the first frame where ``stop`` is true.
+
+    Returns:
+        its number of frames.
+    """
     with Journal(Path(path)) as journal:
         done = ase.io.read(path, ":", format="extxyz") if journal.size else []
         count = len(done)
+        if done and stop is not None and stop(done[-1]):
+            return count
         for frame in trajectory(start, labeler, schedule, seed, done):
             buffer = io.StringIO()
             write_extxyz(buffer, [frame], columns=["symbols", "positions", "momenta"], write_results=False)
             journal.append(buffer.getvalue(), f"{count:032x}")
             count += 1
+            if stop is not None and stop(frame):
+                break
     return count
 
 
@@ -172,7 +183,8 @@ def sample_md(
     _same_settings(folder, starts, potential.identity, schedules, seed)
     with open_executor(executor, workers, threads) as (pool, _):
         futures = [
-            pool.submit(_run_one, bare(starts[s]), with_, schedule, own, str(path)) for s, schedule, own, path in jobs
+            pool.submit(run_trajectory, bare(starts[s]), with_, schedule, own, str(path))
+            for s, schedule, own, path in jobs
         ]
         for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
             future.result()

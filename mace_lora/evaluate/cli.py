@@ -11,11 +11,11 @@ from rich.progress import track
 
 from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "learning_curve"]
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; or a potential's name as for equitune label")],
     frames: Annotated[Path, typer.Argument(help="labelled frames, any format ASE reads (eV, eV/Å, eV/Å³)")],
     adapter: Annotated[Path | None, typer.Option(help="adapter folder to put on the model")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for errors.json and parity.png")] = Path(
@@ -26,6 +26,7 @@ def evaluate(
     stress_key: Annotated[str, typer.Option(help="stress label (eV/Å³) in the frame's info")] = "REF_stress",
     head: Annotated[str | None, typer.Option(help="head of a multi-head model")] = None,
     index: Annotated[str, typer.Option(help="which frames, as an ASE slice")] = ":",
+    by: Annotated[list[str] | None, typer.Option(help="key in the frames' info, e.g. temperature_K")] = None,
     level: Annotated[float, typer.Option(help="confidence level of the bootstrap intervals, 0 to 1")] = 0.95,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="precision of the evaluation; a NequIP model keeps its own")] = "float64",
@@ -33,7 +34,8 @@ def evaluate(
     """Errors of a model, or of base + adapter, on labelled frames.
 
     MAE and RMSE of the energy per atom (meV/atom), of forces (meV/Å) and of stress (meV/Å³) with
-    bootstrap intervals over frames, force errors per element, a parity plot and JSON.
+    bootstrap intervals over frames, force errors per element and by size of the force, errors for
+    each value of a key (--by), a parity plot and JSON.
     """
     import ase.io
 
@@ -45,16 +47,57 @@ def evaluate(
     if not frames.is_file():
         raise FileNotFoundError(f"no file {frames}")
     structures = ase.io.read(frames, index if ":" in index else f"{index}:{int(index) + 1}")
-    loaded = model_from(model, adapter)
-    calculator = _nequip(loaded, head, device) if is_nequip_file(model) else _calculator(loaded, head, device, dtype)
+    groups = {key: [_value(a, key, i) for i, a in enumerate(structures)] for key in by or []}
+    calculator = _potential(model, adapter, head, device, dtype)
     predictions = predict(calculator, structures, energy_key, forces_key, stress_key, progress=_bar)  # type: ignore[arg-type]
     content = report(
-        predictions, level, model=str(model), adapter=str(adapter) if adapter else None, frames_file=str(frames)
+        predictions, level, groups, model=model, adapter=str(adapter) if adapter else None, frames_file=str(frames)
     )
     for table in tables(content):
         console.print(table)
-    files = write_report(predictions, content, output, (adapter or model).name)
+    files = write_report(predictions, content, output, (adapter or Path(model)).name)
     console.print(f"written: {', '.join(map(str, files))}")
+
+
+def learning_curve(
+    points: Annotated[list[str], typer.Argument(help="NAME:N=errors.json; several of one N are seeds")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("learning_curve.png"),
+) -> None:
+    """Errors against the number of labels, of several evaluations: a table and a log-log plot."""
+    from statistics import median
+
+    from rich.table import Table
+
+    from .curves import data_curve, read_points
+
+    curves = read_points(points)
+    table = Table("model", "labels", "seeds", "E MAE (meV/atom)", "F MAE (meV/Å)")
+    for name, rows in curves.items():
+        for count in sorted(rows):
+            values = [median(c["errors"][k] for c in rows[count]) for k in ("mae_e", "mae_f")]
+            table.add_row(name, str(count), str(len(rows[count])), *(f"{v:.2f}" for v in values))
+    console.print(table)
+    data_curve(curves, output)
+    console.print(f"written: {output}", highlight=False)
+
+
+def _value(atoms: Any, key: str, index: int) -> Any:
+    if key not in atoms.info:
+        raise ValueError(f"--by: frame {index} has no {key!r} in its info; it has {sorted(atoms.info)}")
+    return atoms.info[key]
+
+
+def _potential(model: str, adapter: Path | None, head: str | None, device: str, dtype: str) -> Any:
+    """Calculator of a model file, or the labeler of that name."""
+    path = Path(model)
+    if ":" in model and not path.exists():
+        from mace_lora.augment.labelers import open_labeler
+
+        if adapter is not None or head is not None:
+            raise ValueError(f"--adapter, --head: {model} is a potential by name; leave the options out")
+        return open_labeler(model)
+    loaded = model_from(path, adapter)
+    return _nequip(loaded, head, device) if is_nequip_file(path) else _calculator(loaded, head, device, dtype)
 
 
 def _nequip(model: Any, head: str | None, device: str) -> Any:

@@ -10,6 +10,8 @@ import ase
 import numpy as np
 from numpy.typing import NDArray
 
+from mace_lora.augment.labelers import Labeler
+
 __all__ = ["Errors", "Predictions", "errors", "intervals", "per_element", "predict", "stress_errors"]
 
 Floats = NDArray[np.float64]
@@ -58,7 +60,7 @@ def predict(
     """Evaluate an ASE calculator on labelled frames.
 
     Args:
-        calculator: any ASE calculator with energies and forces.
+        calculator: any ASE calculator with energies and forces, or a labeler.
         frames: structures with labels in eV, eV/Å and eV/Å^3; each needs an energy or forces.
         energy_key, stress_key: keys in ``info``; a key ASE knows itself (``energy``, ``stress``) is
             also looked for in the frame's attached results.
@@ -76,7 +78,11 @@ def predict(
     items: Iterable[ase.Atoms] = progress(frames) if progress is not None else frames
     for frame, (_, _, stress) in zip(items, labels, strict=True):
         atoms = ase.Atoms(frame.numbers, positions=frame.positions, cell=frame.cell, pbc=frame.pbc)
-        atoms.calc = calculator
+        if isinstance(calculator, Labeler):  # charge, spin and topology belong to the frame
+            atoms.info.update(frame.info)
+            atoms.calc = calculator.calculator(atoms)
+        else:
+            atoms.calc = calculator
         energies.append(atoms.get_potential_energy())
         forces.append(atoms.get_forces())
         stresses.append(atoms.get_stress() if np.isfinite(stress).all() else np.full(6, np.nan))

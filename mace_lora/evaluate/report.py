@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from mace_lora.atomic import write_text
 
+from .groups import by_force, by_key
 from .metrics import Predictions, errors, intervals, per_element, stress_errors
 from .plots import parity
 
@@ -25,12 +27,15 @@ _ROWS = {
 }  # fmt: skip
 
 
-def report(p: Predictions, level: float = 0.95, **source: Any) -> dict[str, Any]:
+def report(
+    p: Predictions, level: float = 0.95, groups: Mapping[str, Sequence[Any]] | None = None, **source: Any
+) -> dict[str, Any]:
     """All figures of an evaluation as plain values.
 
     Args:
         p: predictions.
         level: confidence level of the bootstrap intervals over frames.
+        groups: key -> its value in every frame; errors are also given for each value.
         source: what was evaluated (model, file, …); copied into the result.
     """
     de = 1e3 * (p.energy - p.energy_label) / p.atoms
@@ -47,6 +52,11 @@ def report(p: Predictions, level: float = 0.95, **source: Any) -> dict[str, Any]
         "mae_e_without_mean_error": _plain(np.nanmean(np.abs(de - np.nanmean(de)))) if np.isfinite(de).any() else None,
         "force_errors_by_element": {
             chemical_symbols[z]: {"atoms": n, "mae": mae, "rmse": rmse} for z, (n, mae, rmse) in per_element(p).items()
+        },
+        "force_errors_by_size": [{k: _plain(v) for k, v in row.items()} for row in by_force(p)],
+        "errors_by": {
+            key: {value: {k: _plain(v) for k, v in row.items()} for value, row in by_key(p, values).items()}
+            for key, values in (groups or {}).items()
         },
         "stress_errors": None if stress is None else {"mae": stress[0], "rmse": stress[1]},
     }
@@ -73,7 +83,18 @@ def tables(content: dict[str, Any]) -> list[Table]:
     elements = Table("element", "atoms", "F MAE (meV/Å)", "F RMSE (meV/Å)")
     for symbol, row in content["force_errors_by_element"].items():
         elements.add_row(symbol, f"{row['atoms']:,}", f"{row['mae']:.2f}", f"{row['rmse']:.2f}")
-    return [main, elements]
+    sizes = Table("|F| (eV/Å)", "atoms", "F MAE (meV/Å)", "F RMSE (meV/Å)", "relative")
+    for row in content["force_errors_by_size"]:
+        relative = "–" if row["relative"] is None else f"{100 * row['relative']:.1f} %"
+        bounds = f"{row['low']:.2f}–{row['high']:.2f}"
+        sizes.add_row(bounds, f"{row['atoms']:,.0f}", f"{row['mae']:.2f}", f"{row['rmse']:.2f}", relative)
+    parts = []
+    for key, rows in content["errors_by"].items():
+        parts.append(Table(key, "frames", "E MAE (meV/atom)", "F MAE (meV/Å)"))
+        for value, row in rows.items():
+            errors_of = [("–" if row[k] is None else f"{row[k]:.2f}") for k in ("mae_e", "mae_f")]
+            parts[-1].add_row(value, f"{row['frames']:,.0f}", *errors_of)
+    return [main, elements, sizes, *parts]
 
 
 def write_report(p: Predictions, content: dict[str, Any], folder: str | os.PathLike[str], title: str) -> list[Path]:

@@ -1,0 +1,76 @@
+"""Radial distribution functions of trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ase
+import numpy as np
+from ase.data import atomic_numbers
+from ase.geometry.rdf import get_rdf
+from numpy.typing import NDArray
+
+__all__ = ["radial_distribution", "rdf_distance"]
+
+Floats = NDArray[np.float64]
+
+
+def radial_distribution(
+    frames: Sequence[ase.Atoms], pair: tuple[str, str], r_max: float = 6.0, bins: int = 120, blocks: int = 5
+) -> tuple[Floats, Floats, Floats]:
+    """g(r) of a pair of elements, averaged over frames, with its standard error over blocks of the trajectory.
+
+    Frames without a box (clusters) are normalised by the volume of a sphere of r_max, which is enough to compare
+    trajectories of the same system.
+
+    Args:
+        frames: in time order, Å.
+        pair: two symbols.
+        r_max: Å; at most half the box.
+        bins: number of bins.
+        blocks: consecutive parts for the error.
+
+    Returns:
+        r (bins,) in Å, g (bins,), standard error (bins,).
+
+    Raises:
+        ValueError: no frames, an element that is missing, or a box that is too small.
+    """
+    if not frames:
+        raise ValueError("frames: expected at least one, got none")
+    numbers = [atomic_numbers.get(s, 0) for s in pair]
+    for symbol, z in zip(pair, numbers, strict=True):
+        if z not in frames[0].numbers:
+            known = ", ".join(sorted(set(frames[0].get_chemical_symbols())))
+            raise ValueError(f"pair: expected elements of {known}, got {symbol!r}")
+    sphere = 4 / 3 * np.pi * r_max**3
+    each = []
+    for n, atoms in enumerate(frames):
+        if atoms.pbc.all() and r_max > 0.5 * _width(atoms):
+            raise ValueError(f"r_max: expected at most {0.5 * _width(atoms):.2f} Å, half the box of frame {n}")
+        if not atoms.pbc.all():
+            atoms = atoms.copy()
+            atoms.set_cell([2 * np.ptp(atoms.positions, axis=0).max() + 4 * r_max] * 3)
+            atoms.pbc = False
+        volume = atoms.get_volume() if atoms.pbc.all() else sphere
+        each.append(get_rdf(atoms, r_max, bins, elements=tuple(numbers), volume=volume)[0])
+    g: Floats = np.array(each)
+    width = r_max / bins
+    r: Floats = (np.arange(bins) + 0.5) * width
+    parts: Any = [part.mean(axis=0) for part in np.array_split(g, min(blocks, len(g)))]
+    error: Any = np.std(parts, axis=0, ddof=1) / np.sqrt(len(parts)) if len(parts) > 1 else np.full(bins, np.nan)
+    return r, g.mean(axis=0), error
+
+
+def _width(atoms: ase.Atoms) -> float:
+    """Smallest distance between opposite faces, Å."""
+    cell = atoms.cell.array
+    areas = np.linalg.norm(np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]]), axis=1)
+    return float((abs(np.linalg.det(cell)) / areas).min())
+
+
+def rdf_distance(g: Floats, reference: Floats) -> float:
+    """Difference of two distributions in percent: sum |g - g_ref| over sum (g + g_ref); 0 equal, 100 no overlap."""
+    total = float(np.abs(g).sum() + np.abs(reference).sum())
+    return 100 * float(np.abs(g - reference).sum()) / total if total else 0.0

@@ -1,0 +1,42 @@
+"""Potentials that tests name as MODULE:FUNCTION."""
+
+import numpy as np
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.emt import EMT
+
+
+class Springs(Calculator):
+    """Harmonic bond of a diatomic molecule, or the same pushing apart."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, stiffness: float) -> None:
+        super().__init__()
+        self.stiffness = stiffness
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        vector = atoms.positions[1] - atoms.positions[0]
+        length = np.linalg.norm(vector)
+        force = self.stiffness * (length - 1.1) * vector / length
+        self.results = {"energy": 0.5 * self.stiffness * (length - 1.1) ** 2, "forces": np.array([force, -force])}
+
+
+class Weak(EMT):
+    """Forces a tenth too small."""
+
+    def calculate(self, *args, **kwargs):
+        super().calculate(*args, **kwargs)
+        self.results["forces"] = 0.9 * self.results["forces"]
+
+
+def bound(atoms):
+    return Springs(30.0)
+
+
+def unbound(atoms):
+    return Springs(-3.0)
+
+
+def weak(atoms):
+    return Weak()
