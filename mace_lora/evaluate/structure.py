@@ -45,7 +45,7 @@ def radial_distribution(
             known = ", ".join(sorted(set(frames[0].get_chemical_symbols())))
             raise ValueError(f"pair: expected elements of {known}, got {symbol!r}")
     sphere = 4 / 3 * np.pi * r_max**3
-    each = []
+    each: list[Any] = []
     for n, atoms in enumerate(frames):
         if atoms.pbc.all() and r_max > 0.5 * _width(atoms):
             raise ValueError(f"r_max: expected at most {0.5 * _width(atoms):.2f} Å, half the box of frame {n}")
@@ -56,11 +56,10 @@ def radial_distribution(
         volume = atoms.get_volume() if atoms.pbc.all() else sphere
         each.append(get_rdf(atoms, r_max, bins, elements=tuple(numbers), volume=volume)[0])
     g: Floats = np.array(each)
-    width = r_max / bins
-    r: Floats = (np.arange(bins) + 0.5) * width
-    parts: Any = [part.mean(axis=0) for part in np.array_split(g, min(blocks, len(g)))]
-    error: Any = np.std(parts, axis=0, ddof=1) / np.sqrt(len(parts)) if len(parts) > 1 else np.full(bins, np.nan)
-    return r, g.mean(axis=0), error
+    r = np.asarray((np.arange(bins) + 0.5) * (r_max / bins), float)
+    parts: list[Any] = [part.mean(axis=0) for part in np.array_split(g, min(blocks, len(g)))]
+    error = np.std(parts, axis=0, ddof=1) / np.sqrt(len(parts)) if len(parts) > 1 else np.full(bins, np.nan)
+    return r, g.mean(axis=0), np.asarray(error, float)
 
 
 def _width(atoms: ase.Atoms) -> float:

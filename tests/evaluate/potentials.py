@@ -6,20 +6,21 @@ from ase.calculators.emt import EMT
 
 
 class Springs(Calculator):
-    """Harmonic bond of a diatomic molecule, or the same pushing apart."""
+    """Bond of a diatomic molecule: harmonic about 1.1 Å and pushed apart by a constant force (eV/Å)."""
 
     implemented_properties = ("energy", "forces")
 
-    def __init__(self, stiffness: float) -> None:
+    def __init__(self, stiffness: float, push: float = 0.0) -> None:
         super().__init__()
-        self.stiffness = stiffness
+        self.stiffness, self.push = stiffness, push
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         vector = atoms.positions[1] - atoms.positions[0]
         length = np.linalg.norm(vector)
-        force = self.stiffness * (length - 1.1) * vector / length
-        self.results = {"energy": 0.5 * self.stiffness * (length - 1.1) ** 2, "forces": np.array([force, -force])}
+        force = (self.stiffness * (length - 1.1) - self.push) * vector / length
+        energy = 0.5 * self.stiffness * (length - 1.1) ** 2 - self.push * length
+        self.results = {"energy": energy, "forces": np.array([force, -force])}
 
 
 class Weak(EMT):
@@ -35,7 +36,7 @@ def bound(atoms):
 
 
 def unbound(atoms):
-    return Springs(-3.0)
+    return Springs(0.0, push=0.5)
 
 
 def weak(atoms):
