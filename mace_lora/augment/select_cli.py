@@ -17,11 +17,13 @@ from mace_lora.atomic import atomic_path
 from mace_lora.console import console
 
 from .labelling import iter_frames
-from .selection import committee_deviation, farthest, features, random_frames, within
+from .selection import committee_deviation, farthest, features, random_frames, unique, within
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Choose frames: diverse, random, in a window, or disputed by a committee.")
+app = typer.Typer(
+    no_args_is_help=True, help="Choose frames: diverse, different, random, in a window, disputed."
+)
 Frames = Annotated[Path, typer.Argument(help="frames, any format ASE reads")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="extxyz to write")]
 Count = Annotated[int, typer.Option("--count", "-n", help="frames to choose")]
@@ -38,6 +40,20 @@ def fps(
     found = list(iter_frames(frames))
     index, distance = farthest(features(found, with_, _bar), count)
     _write(output, found, index, {"fps_distance": distance})
+
+
+@app.command("unique")
+def no_duplicates(
+    frames: Frames,
+    output: Output,
+    with_: Annotated[str, typer.Option("--with", help="features, as for fps")] = "embedded",
+    tolerance: Annotated[float, typer.Option(help="distance of features below which frames are one")] = 1e-4,
+) -> None:
+    """Leave out frames that repeat an earlier one, also moved, turned or renumbered, or nearly so (--tolerance)."""
+    found = list(iter_frames(frames))
+    index = unique(found, features(found, with_, _bar), tolerance)
+    console.print(f"dropped {len(found) - len(index)} of {len(found)} frames as duplicates", highlight=False)
+    _write(output, found, index, {})
 
 
 @app.command("random")

@@ -10,7 +10,7 @@ import ase
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Window", "committee_deviation", "farthest", "features", "random_frames", "within"]
+__all__ = ["Window", "committee_deviation", "farthest", "features", "random_frames", "unique", "within"]
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -100,6 +100,37 @@ def farthest(values: Floats, count: int, first: int = 0) -> tuple[Indices, Float
     gaps = [np.inf]
     gaps += [float(np.linalg.norm(values[index[:n]] - values[index[n]], axis=1).min()) for n in range(1, count)]
     return index, np.array(gaps)
+
+
+def unique(frames: Sequence[ase.Atoms], values: Floats, tolerance: float) -> Indices:
+    """Frames that are no repetition of an earlier one: other atoms, or features further away than the tolerance.
+
+    Features of a model do not change when a frame is moved, turned or renumbered, so such copies are found too.
+
+    Args:
+        frames: frames.
+        values: (frames, features).
+        tolerance: distance in the features' units.
+
+    Returns:
+        indices in rising order.
+
+    Raises:
+        ValueError: the tolerance is negative.
+    """
+    from scipy.spatial import cKDTree
+
+    if tolerance < 0:
+        raise ValueError(f"tolerance: expected a number >= 0, got {tolerance}")
+    close = cKDTree(values).query_ball_point(values, tolerance + 1e-12)
+    kinds = [a.get_chemical_formula() for a in frames]
+    kept: list[int] = []
+    is_kept = np.zeros(len(frames), bool)
+    for n, neighbours in enumerate(close):
+        if not any(is_kept[m] and kinds[m] == kinds[n] for m in neighbours):
+            is_kept[n] = True
+            kept.append(n)
+    return np.array(kept, np.int64)
 
 
 def random_frames(frames: int, count: int, seed: int = 0) -> Indices:

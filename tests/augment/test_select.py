@@ -10,7 +10,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from mace_lora.augment.selection import committee_deviation, farthest, features, random_frames, within
+from mace_lora.augment.selection import committee_deviation, farthest, features, random_frames, unique, within
 
 
 def test_farthest_points_by_definition():
@@ -44,6 +44,31 @@ def test_features_of_a_model():
     assert gaps[3:].min() > 0.01
     with pytest.raises(ValueError, match="mace: the model does not know Cu"):
         features([bulk("Cu")])
+
+
+def test_duplicates_also_turned_and_renumbered(tmp_path):
+    pytest.importorskip("mace")
+    atoms = molecule("CH3CH2OH")
+    turned = atoms.copy()
+    turned.rotate(50, "x")
+    turned.translate([1, 2, 3])
+    shuffled = atoms[[8, 3, 1, 0, 2, 7, 4, 6, 5]]
+    near, far = atoms.copy(), atoms.copy()
+    near.rattle(0.002, seed=1)
+    far.rattle(0.2, seed=1)
+    frames = [atoms, turned, far, shuffled, near, molecule("CH4")]
+    values = features(frames)
+    assert list(unique(frames, values, 1e-6)) == [0, 2, 4, 5]
+    assert list(unique(frames, values, 0.05)) == [0, 2, 5]
+    copper = [bulk("Cu", cubic=True), bulk("Cu", cubic=True) * (2, 1, 1)]  # equal environments, other sizes
+    assert list(unique(copper, np.zeros((2, 3)), 0.1)) == [0, 1]
+    with pytest.raises(ValueError, match="tolerance: expected a number >= 0"):
+        unique(frames, values, -1.0)
+    ase.io.write(tmp_path / "all.xyz", frames)
+    run = [Path(sys.executable).parent / "equitune", "select", "unique", tmp_path / "all.xyz", "-o", tmp_path / "o.xyz"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert "dropped 2 of 6 frames as duplicates" in done.stdout
+    assert [a.info["selected_from"] for a in ase.io.read(tmp_path / "o.xyz", ":")] == [0, 2, 4, 5]
 
 
 def test_random_and_window():
