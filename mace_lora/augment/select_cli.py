@@ -21,9 +21,7 @@ from .selection import committee_deviation, farthest, features, random_frames, u
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    no_args_is_help=True, help="Choose frames: diverse, different, random, in a window, disputed."
-)
+app = typer.Typer(no_args_is_help=True, help="Choose frames: diverse, different, random, in a window, disputed.")
 Frames = Annotated[Path, typer.Argument(help="frames, any format ASE reads")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="extxyz to write")]
 Count = Annotated[int, typer.Option("--count", "-n", help="frames to choose")]

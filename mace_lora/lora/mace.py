@@ -23,7 +23,7 @@ from .by_element import enable
 from .config import INITS, PRESETS
 from .energies import MODULE, fit_references, reference_plan
 from .fingerprint import fingerprint
-from .inject import apply_plan, merge_lora, plan_lora
+from .inject import ModulePlan, apply_plan, merge_lora, plan_lora
 from .mace_args import config_from, refuse_conflicts, refuse_unused, resolve_defaults
 from .preflight import preflight
 
@@ -37,6 +37,7 @@ class LoraPlugin(TrainPlugin):
     """LoRA for MACE: replaces upstream's ``--lora`` unless ``--lora_backend=mace``."""
 
     name = "lora"
+    flag, leaves = "--lora", "LoRA adapters"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add ``--lora_*`` and let ``--lora`` stand without a value."""
@@ -122,6 +123,8 @@ class LoraPlugin(TrainPlugin):
         model = model.to(torch.device(run.args.device))
         try:
             plan = plan_lora(model, config) if start is None else list(start.plan)
+            if start is None:
+                plan = _train_in_full(model, plan, run.state.get("train_in_full", ()))
             if run.args.lora_refit_E0s and MODULE not in [p.name for p in plan]:
                 plan.append(reference_plan())
             if start is not None:
@@ -190,6 +193,18 @@ class LoraPlugin(TrainPlugin):
 
     def before_save(self, run: Run, model: nn.Module) -> nn.Module:
         return merge_lora(model)
+
+
+def _train_in_full(model: nn.Module, plan: list[ModulePlan], prefixes: tuple[str, ...]) -> list[ModulePlan]:
+    """Modules without trained weights (a new long path) are trained in full instead of adapted."""
+    if not prefixes:
+        return plan
+    kept = [p for p in plan if not p.name.startswith(prefixes)]
+    for name, module in model.named_modules():
+        own = tuple(n for n, p in module.named_parameters() if "." not in n and p.numel())
+        if name.startswith(prefixes) and own:
+            kept.append(ModulePlan(name, {}, own))
+    return kept
 
 
 def _keep_learning_rate(args: argparse.Namespace) -> None:

@@ -106,5 +106,5 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
             "--enable_cueq/--enable_oeq/--only_cueq: upstream's conversion drops LoRA layers; train with --lora on the "
             "e3nn backend and convert the merged model afterwards"
         )
-    if args.model not in ("MACE", "ScaleShiftMACE"):
-        raise SettingsError(f"--model {args.model}: --lora supports MACE and ScaleShiftMACE")
+    if args.model not in ("MACE", "ScaleShiftMACE", "MultiScaleMACE"):
+        raise SettingsError(f"--model {args.model}: --lora supports MACE, ScaleShiftMACE and MultiScaleMACE")

@@ -89,6 +89,11 @@ def prepare_base(foundation: nn.Module, metadata: Mapping[str, Any]) -> nn.Modul
     from mace.tools.scripts_utils import extract_config_mace_model
     from mace.tools.utils import AtomicNumberTable
 
+    if hasattr(foundation, "r_short"):  # a multiscale model: prepare its short path, take the long one over
+        from mace_lora.multiscale.rebuild import attach_long, stock_paths
+
+        short = prepare_base(stock_paths(foundation)[0], metadata)
+        return attach_long(short, foundation, [int(z) for z in metadata["elements"]])
     dtype = getattr(torch, metadata.get("dtype", "float32"))
     zs, heads = [int(z) for z in metadata["elements"]], list(metadata["heads"])
     energies = [[float(metadata["E0s"][h][str(z)]) for z in zs] for h in heads]

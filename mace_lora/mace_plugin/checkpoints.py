@@ -174,18 +174,19 @@ def check_restart(run: Run) -> None:
         raise SettingsError(
             f"--restart_latest: {os.fspath(path)} is corrupt ({err}); delete it and restart from the one before"
         ) from err
-    names = content["model"].keys()
-    ours = any(".lora_A." in n and ".base_layer." not in n for n in names) and "equitune" in content
-    if ours and not run.active():
-        raise SettingsError(
-            f"--restart_latest: {os.fspath(path)} holds LoRA adapters, but --lora was not given; add --lora with the "
-            "same --lora_* flags, or choose another --name to train without adapters"
-        )
-    if not ours and run.active():
-        raise SettingsError(
-            f"--restart_latest: {os.fspath(path)} has no LoRA adapters, but --lora was given; drop --lora to continue "
-            "it, or choose another --name"
-        )
-    if ours:
+    saved = content["equitune"]["plugins"] if "equitune" in content else {}
+    active = run.active()
+    for plugin in run.plugins:
+        if plugin.name in saved and plugin not in active:
+            raise SettingsError(
+                f"--restart_latest: {os.fspath(path)} holds {plugin.leaves}, but {plugin.flag} was not given; add "
+                f"{plugin.flag} with the same flags as before, or choose another --name to train without"
+            )
+        if plugin.name not in saved and plugin in active:
+            raise SettingsError(
+                f"--restart_latest: {os.fspath(path)} has no {plugin.leaves.removeprefix('a ')}, but {plugin.flag} was "
+                f"given; drop {plugin.flag} to continue it, or choose another --name"
+            )
+    if saved:
         run.state["checkpoint"] = path
         run.state["checkpoint_plugins"] = content["equitune"]["plugins"]

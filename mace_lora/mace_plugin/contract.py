@@ -25,6 +25,32 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
         "CheckpointIO._get_checkpoint_filename": ("self", "epochs", "swa_start"),
         "CheckpointHandler.save": ("self", "state", "epochs", "keep_last"),
     },
+    "mace.tools.multihead_tools": {"dict_head_to_dataclass": ("head",)},
+    "mace.modules.models": {
+        "ScaleShiftMACE": ("atomic_inter_scale", "atomic_inter_shift", "kwargs"),
+        "ScaleShiftMACE.forward": (
+            "self",
+            "data",
+            "training",
+            "compute_force",
+            "compute_virials",
+            "compute_stress",
+            "compute_displacement",
+            "compute_hessian",
+            "compute_edge_forces",
+            "compute_atomic_stresses",
+            "lammps_mliap",
+        ),
+    },
+    "mace.modules.blocks": {
+        "LinearReadoutBlock": ("irreps_in", "irrep_out"),
+        "NonLinearReadoutBlock": ("irreps_in", "MLP_irreps", "gate", "irrep_out", "num_heads"),
+    },
+    "mace.modules.utils": {
+        "get_outputs": ("energy", "positions", "cell", "displacement", "vectors"),
+        "prepare_graph": ("data", "compute_virials", "compute_stress", "compute_displacement", "lammps_mliap"),
+        "get_atomic_virials_stresses": ("edge_forces", "edge_index", "vectors", "num_atoms", "batch", "cell"),
+    },
     "mace.tools.train": {"train": ("model", "loss_fn", "train_loader"), "valid_err_log": ("valid_loss",)},
     "mace.tools.scripts_utils": {"get_params_options": ("args", "model"), "extract_config_mace_model": ("model",)},
     "mace.tools.model_script_utils": {

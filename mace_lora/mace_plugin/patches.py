@@ -29,6 +29,7 @@ __all__ = [
     "patch_data_utils",
     "patch_lora",
     "patch_model_script_utils",
+    "patch_multihead_tools",
     "patch_scripts_utils",
     "patch_train",
 ]
@@ -99,6 +100,19 @@ def patch_data_utils(module: ModuleType) -> None:
         return original(foundation_model, *args, **kwargs)
 
 
+def patch_multihead_tools(module: ModuleType) -> None:
+    """Plugins change what data are read with; the foundation is loaded by then, the data are not."""
+
+    @_wrap(module, "dict_head_to_dataclass")
+    def head_config(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        run = current_run()
+        if run is not None and not run.state.get("before_data"):
+            run.state["before_data"] = True
+            for plugin in run.active():
+                _or_exit(plugin.before_data, run)
+        return original(*args, **kwargs)
+
+
 def patch_model_script_utils(module: ModuleType) -> None:
     """Data checks before, energy references and plugins after upstream builds the model."""
 
@@ -107,19 +121,25 @@ def patch_model_script_utils(module: ModuleType) -> None:
         run = current_run()
         if run is None:
             return original(args, train_loader, *rest, **kwargs)
-        bound = require(module, "configure_model").bind(args, train_loader, *rest, **kwargs).arguments
+        call = require(module, "configure_model").bind(args, train_loader, *rest, **kwargs)
+        bound = call.arguments
         run.args, run.train_dataset = args, train_loader.dataset
         run.foundation, run.heads = bound.get("model_foundation"), list(bound.get("heads") or [])
         run.E0s = bound.get("atomic_energies")
         run.elements = [int(z) for z in bound["z_table"].zs]
-        for plugin in run.active():
+        for plugin in run.plugins:
+            _or_exit(plugin.check_foundation, run)
+        active = run.active()  # before_model may change what enabled() looks at, for upstream's sake
+        for plugin in active:
             _or_exit(plugin.before_model, run)
-        model, output_args = original(args, train_loader, *rest, **kwargs)
+        if run.stand_in is not None:
+            bound["model_foundation"] = run.stand_in
+        model, output_args = original(*call.args, **call.kwargs)
         if run.foundation is not None and run.E0s is not None:
             # with --foundation_model_elements upstream pads elements that the data lacks with zeros
             given = {int(z) for h in bound.get("head_configs") or [] for z in h.atomic_numbers}
             restore_energy_references(model, run.E0s, given or set(run.elements))
-        for plugin in run.active():
+        for plugin in active:
             model = _or_exit(plugin.after_model, run, model)
         run.model = weakref.ref(model)
         return model, output_args
@@ -157,10 +177,11 @@ def patch_scripts_utils(module: ModuleType) -> None:
     def get_params_options(original: Callable[..., Any], args: Any, model: nn.Module) -> dict[str, Any]:
         options: dict[str, Any] = original(args, model)
         run = run_training(model)
-        for plugin in run.active() if run is not None else []:
-            groups = plugin.optimizer_groups(run, model)  # type: ignore[arg-type]
-            if groups is not None:
-                options["params"] = groups
+        if run is None:
+            return options
+        replaced = [groups for p in run.active() if (groups := p.optimizer_groups(run, model)) is not None]
+        extra = [group for p in run.active() for group in p.extra_groups(run, model)]
+        options["params"] = replaced[-1] if replaced else options["params"] + extra
         return options
 
     @_wrap(module, "extract_config_mace_model")

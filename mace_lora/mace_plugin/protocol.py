@@ -19,7 +19,10 @@ from torch import nn
 __all__ = ["GROUP", "Run", "SettingsError", "TrainPlugin", "current_run", "load_plugins", "run_training", "start_run"]
 
 GROUP = "mace.run_train"
-_OURS = {"lora": "mace_lora.lora.mace:LoraPlugin"}
+_OURS = {
+    "lora": "mace_lora.lora.mace:LoraPlugin",
+    "multiscale": "mace_lora.multiscale.mace:MultiscalePlugin",
+}
 
 
 class SettingsError(ValueError):
@@ -34,6 +37,7 @@ class Run:
         args: upstream's parsed arguments.
         plugins: plugins of this run.
         foundation: model given by ``--foundation_model``, or None.
+        stand_in: what upstream builds its model from instead, where a plugin knows better.
         train_dataset: all training frames as upstream's graphs.
         heads: head names.
         elements: atomic numbers of the model.
@@ -47,6 +51,7 @@ class Run:
     args: argparse.Namespace
     plugins: Sequence[TrainPlugin]
     foundation: nn.Module | None = None
+    stand_in: nn.Module | None = None
     train_dataset: Any = None
     heads: list[str] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
@@ -75,6 +80,8 @@ class TrainPlugin:
     """Base of a plugin; every method may be left as it is."""
 
     name = "plugin"
+    flag, leaves = "--plugin", "its state"  # for messages: what switches it on, what a checkpoint has of it
+    order = 0  # plugins with a lower one are called first: what changes the architecture before what adapts it
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add or change command-line flags."""
@@ -90,8 +97,14 @@ class TrainPlugin:
             SettingsError: something the user has to correct.
         """
 
+    def before_data(self, run: Run) -> None:
+        """Change arguments that data are read with; upstream has loaded the foundation model."""
+
+    def check_foundation(self, run: Run) -> None:
+        """Check the foundation model; called for every plugin, enabled or not."""
+
     def before_model(self, run: Run) -> None:
-        """Check data and foundation model before the model is built."""
+        """Check data and foundation model before the model is built; may set ``run.stand_in``."""
 
     def after_model(self, run: Run, model: nn.Module) -> nn.Module:
         """Change the model after upstream has built it."""
@@ -107,6 +120,10 @@ class TrainPlugin:
     def optimizer_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
         """Replace upstream's parameter groups, or None to keep them."""
         return None
+
+    def extra_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups beside upstream's; not asked for where a plugin replaces them all."""
+        return []
 
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
         """Called when a best checkpoint is written; returns what to store in it."""
@@ -125,7 +142,7 @@ def load_plugins() -> list[TrainPlugin]:
     found = {ep.name: ep for ep in entry_points(group=GROUP)}
     for name, value in _OURS.items():  # PYTHONPATH-only use has no entry points
         found.setdefault(name, EntryPoint(name, value, GROUP))
-    return [found[name].load()() for name in sorted(found)]
+    return sorted((found[name].load()() for name in sorted(found)), key=lambda p: p.order)
 
 
 def start_run(run: Run | None) -> None:

@@ -27,6 +27,7 @@ PATCHED = {
     "mace.tools.arg_parser": "patch_arg_parser",
     "mace.tools.arg_parser_tools": "patch_arg_parser_tools",
     "mace.tools.checkpoint": "patch_checkpoint",
+    "mace.tools.multihead_tools": "patch_multihead_tools",
     "mace.tools.train": "patch_train",
     "mace.tools.scripts_utils": "patch_scripts_utils",
     "mace.tools.model_script_utils": "patch_model_script_utils",

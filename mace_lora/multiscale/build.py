@@ -1,0 +1,124 @@
+"""Build the long path of MultiScaleMACE, and put it beside a stock MACE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from e3nn import o3
+
+from mace_lora.mace_plugin.model_parts import LinearReadoutBlock, ScaleShiftMACE
+
+from .model import MultiScaleMACE
+
+__all__ = ["LongPath", "build_long", "to_multiscale", "zero_long"]
+
+
+@dataclass(frozen=True)
+class LongPath:
+    """Sizes of the long path; the flags of ``mace_run_train`` have the same names.
+
+    Attributes:
+        num_channels_long: features of every degree.
+        max_L_long: highest degree of the features.
+        max_ell_long: highest degree of the spherical harmonics.
+        correlation_long: body order of the update minus one; 1 is linear.
+        num_radial_basis_long: Bessel functions on (0, r_max).
+        radial_hidden_long: width of the radial network's hidden layer; 0 for none.
+    """
+
+    num_channels_long: int = 16
+    max_L_long: int = 0
+    max_ell_long: int = 1
+    correlation_long: int = 1
+    num_radial_basis_long: int = 8
+    radial_hidden_long: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_channels_long", 1), ("max_L_long", 0), ("max_ell_long", 1), ("correlation_long", 1),
+            ("num_radial_basis_long", 1), ("radial_hidden_long", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        if self.max_L_long > self.max_ell_long * self.correlation_long:
+            raise ValueError(
+                f"max_L_long: expected at most {self.max_ell_long * self.correlation_long} with max_ell_long "
+                f"{self.max_ell_long} and correlation_long {self.correlation_long}, got {self.max_L_long}"
+            )
+
+
+def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_neighbors: float) -> ScaleShiftMACE:
+    """A small stock MACE with the elements, heads and layers of another, on long edges.
+
+    Args:
+        short: model that it will stand beside.
+        r_max: long cutoff, Å.
+        sizes: of the path.
+        avg_num_neighbors: within r_max; messages are divided by it.
+    """
+    hidden = o3.Irreps([(sizes.num_channels_long, (ell, (-1) ** ell)) for ell in range(sizes.max_L_long + 1)])
+    last = short.readouts[-1]
+    nonlinear: dict[str, Any] = {"MLP_irreps": o3.Irreps("16x0e"), "gate": torch.nn.functional.silu}
+    if not isinstance(last, LinearReadoutBlock):
+        width = o3.Irreps(last.hidden_irreps)[0].mul // len(short.heads)
+        nonlinear = {"MLP_irreps": o3.Irreps(f"{width}x0e"), "gate": last.non_linearity.acts[0].f}
+    interactions = [type(i) for i in short.interactions]
+    heads = list(short.heads)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(next(short.parameters()).dtype)
+    try:
+        return ScaleShiftMACE(
+            r_max=r_max, num_bessel=sizes.num_radial_basis_long,
+            num_polynomial_cutoff=int(short.radial_embedding.cutoff_fn.p), max_ell=sizes.max_ell_long,
+            interaction_cls=interactions[-1], interaction_cls_first=interactions[0],
+            num_interactions=len(interactions), num_elements=len(short.atomic_numbers), hidden_irreps=hidden,
+            atomic_energies=torch.zeros(len(heads), len(short.atomic_numbers)).numpy(),
+            avg_num_neighbors=avg_num_neighbors, atomic_numbers=short.atomic_numbers.tolist(),
+            correlation=sizes.correlation_long, radial_MLP=[sizes.radial_hidden_long] * bool(sizes.radial_hidden_long),
+            heads=heads, atomic_inter_scale=1.0, atomic_inter_shift=0.0, apply_cutoff=short.apply_cutoff,
+            use_last_readout_only=len(short.readouts) == 1 and len(interactions) > 1, **nonlinear,
+        )  # fmt: skip
+    finally:
+        torch.set_default_dtype(before)
+
+
+def to_multiscale(
+    short: ScaleShiftMACE, r_max: float, sizes: LongPath | None = None, *, coupling: str = "sum",
+    avg_num_neighbors: float | None = None, zero: bool = True,
+) -> MultiScaleMACE:  # fmt: skip
+    """Put a long path beside a MACE, which keeps its weights and becomes the short path.
+
+    Args:
+        short: stock model; its cutoff becomes ``r_short``.
+        r_max: long cutoff, Å.
+        sizes: of the long path; default :class:`LongPath`.
+        coupling: "sum" or "fused".
+        avg_num_neighbors: within r_max; default the short path's, scaled with the volume.
+        zero: start with a long path that contributes nothing, so that the model predicts what ``short`` predicts.
+
+    Raises:
+        ValueError: a cutoff or size that does not fit.
+    """
+    r_short = float(short.r_max)
+    if not r_max > 0:
+        raise ValueError(f"r_max: expected a length > 0 in Å, got {r_max}")
+    if avg_num_neighbors is None:
+        avg_num_neighbors = float(short.interactions[0].avg_num_neighbors) * (r_max / r_short) ** 3
+    long = build_long(short, r_max, sizes or LongPath(), avg_num_neighbors)
+    model = MultiScaleMACE(short, long.to(next(short.parameters()).device), coupling)
+    if zero:
+        zero_long(model)
+    return model
+
+
+@torch.no_grad()
+def zero_long(model: MultiScaleMACE) -> None:
+    """Make the long path's contribution exactly zero, with gradients that are not."""
+    if model.fused:
+        return  # fused readouts start with zero weights for the long features
+    for readout in model.long.readouts:
+        last = readout.linear if isinstance(readout, LinearReadoutBlock) else readout.linear_2
+        last.weight.zero_()

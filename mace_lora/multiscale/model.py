@@ -1,0 +1,261 @@
+"""MultiScaleMACE: MACE on short edges beside a light MACE on long ones (arXiv 2312.09490, DESIGN section 5)."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional, Tuple  # noqa: UP035  TorchScript reads these
+
+import torch
+from e3nn import o3
+from e3nn.util.jit import compile_mode
+
+from mace_lora.mace_plugin.model_parts import (
+    LinearReadoutBlock,
+    NonLinearReadoutBlock,
+    ScaleShiftMACE,
+    get_atomic_virials_stresses,
+    get_outputs,
+    prepare_graph,
+    scatter_sum,
+)
+
+__all__ = ["COUPLINGS", "MultiScaleMACE"]
+
+COUPLINGS = ("sum", "fused")
+
+
+@compile_mode("script")
+class MultiScaleMACE(ScaleShiftMACE):
+    """Two message-passing paths over one neighbour list of r_max.
+
+    The short path is a MACE of many channels, high l and a product basis; it gets the edges shorter than ``r_short``
+    as an index subset, so that it costs what a MACE of that cutoff costs. The long path is a MACE of few channels, low
+    l and a linear update; it gets all edges. E_i = sum_t readout_t(short) + readout_t(long) for ``coupling="sum"``;
+    with "fused" one readout per layer sees both feature sets.
+
+    Beyond MACE's outputs there are ``energy_short`` and ``energy_long`` (graphs,) in eV: the shares of the two paths
+    in the interaction energy (fused: what the energy is without the long features, and the rest).
+
+    Args:
+        short: stock model with the short cutoff, whose modules are taken over (not copied).
+        long: stock model with the long cutoff; its E0s, scale and shift are not used.
+        coupling: "sum" or "fused".
+
+    Raises:
+        ValueError: the cutoffs, layers, heads or elements of the two do not fit.
+    """
+
+    def __init__(self, short: ScaleShiftMACE, long: ScaleShiftMACE, coupling: str = "sum") -> None:
+        torch.nn.Module.__init__(self)
+        check_paths(short, long, coupling)
+        for name, value in vars(short).items():  # everything that upstream's constructor has set
+            self.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        self.register_buffer("r_short", short.r_max.clone())
+        self.register_buffer("r_max", long.r_max.clone())
+        self.long = long
+        self.coupling = coupling
+        self.fused = coupling == "fused"
+        if self.fused:
+            self.readouts = fused_readouts(short, long)
+
+    def forward(
+        self,
+        data: Dict[str, torch.Tensor],  # noqa: UP006
+        training: bool = False,
+        compute_force: bool = True,
+        compute_virials: bool = False,
+        compute_stress: bool = False,
+        compute_displacement: bool = False,
+        compute_hessian: bool = False,
+        compute_edge_forces: bool = False,
+        compute_atomic_stresses: bool = False,
+        lammps_mliap: bool = False,
+    ) -> Dict[str, Optional[torch.Tensor]]:  # noqa: UP006, UP045
+        """As MACE's; the neighbour list in ``data`` must be that of ``r_max``, the long cutoff."""
+        graph = prepare_graph(
+            data, compute_virials=compute_virials, compute_stress=compute_stress,
+            compute_displacement=compute_displacement, lammps_mliap=lammps_mliap,
+        )  # fmt: skip
+        atoms = graph.num_atoms_arange.to(torch.int64)
+        heads = graph.node_heads.to(torch.int64)
+        vectors, lengths, edges = graph.vectors, graph.lengths, data["edge_index"]
+        node_e0 = self.atomic_energies_fn(data["node_attrs"])[atoms, heads]
+        e0 = scatter_sum(src=node_e0, index=data["batch"], dim=0, dim_size=graph.num_graphs).to(vectors.dtype)
+
+        inner = torch.nonzero(lengths.squeeze(-1) < self.r_short).squeeze(-1)
+        near, near_vectors, near_lengths = edges[:, inner], vectors[inner], lengths[inner]
+        natoms = graph.interaction_kwargs.lammps_natoms
+        local = natoms[0] if graph.is_lammps else -1
+
+        short_feats: List[torch.Tensor] = []  # noqa: UP006
+        node_feats = self.node_embedding(data["node_attrs"])
+        edge_attrs = self.spherical_harmonics(near_vectors)
+        edge_feats, cutoff = self.radial_embedding(near_lengths, data["node_attrs"], near, self.atomic_numbers)
+        for i, (interaction, product) in enumerate(zip(self.interactions, self.products)):  # noqa: B905
+            attrs = data["node_attrs"] if i == 0 or local < 0 else data["node_attrs"][:local]
+            node_feats, sc = interaction(
+                node_attrs=attrs, node_feats=node_feats, edge_attrs=edge_attrs, edge_feats=edge_feats, edge_index=near,
+                cutoff=cutoff, first_layer=(i == 0), lammps_class=graph.interaction_kwargs.lammps_class,
+                lammps_natoms=natoms,
+            )  # fmt: skip
+            attrs = attrs if local < 0 else attrs[:local]
+            node_feats = product(node_feats=node_feats, sc=sc, node_attrs=attrs)
+            short_feats.append(node_feats)
+
+        long_feats: List[torch.Tensor] = []  # noqa: UP006
+        node_feats = self.long.node_embedding(data["node_attrs"])
+        edge_attrs = self.long.spherical_harmonics(vectors)
+        edge_feats, cutoff = self.long.radial_embedding(lengths, data["node_attrs"], edges, self.atomic_numbers)
+        for i, (far_interaction, far_product) in enumerate(zip(self.long.interactions, self.long.products)):  # noqa: B905
+            attrs = data["node_attrs"] if i == 0 or local < 0 else data["node_attrs"][:local]
+            node_feats, sc = far_interaction(
+                node_attrs=attrs, node_feats=node_feats, edge_attrs=edge_attrs, edge_feats=edge_feats,
+                edge_index=edges, cutoff=cutoff, first_layer=(i == 0),
+                lammps_class=graph.interaction_kwargs.lammps_class, lammps_natoms=natoms,
+            )  # fmt: skip
+            attrs = attrs if local < 0 else attrs[:local]
+            node_feats = far_product(node_feats=node_feats, sc=sc, node_attrs=attrs)
+            long_feats.append(node_feats)
+
+        short_es, long_es = self.energies(short_feats, long_feats, heads)
+        short_e, long_e = short_es[atoms, heads], long_es[atoms, heads]
+        if hasattr(self, "pair_repulsion"):
+            pair = self.pair_repulsion_fn(near_lengths, data["node_attrs"], near, self.atomic_numbers)
+            short_e = short_e + (pair if local < 0 else pair[:local])
+        # scale and shift: the shift belongs to the short path
+        node_short = self.scale_shift(short_e, heads)
+        node_inter = self.scale_shift(short_e + long_e, heads)
+        inter_e = scatter_sum(node_inter, data["batch"], dim=-1, dim_size=graph.num_graphs)
+        energy_short = scatter_sum(node_short, data["batch"], dim=-1, dim_size=graph.num_graphs)
+
+        forces, virials, stress, hessian, edge_forces = get_outputs(
+            energy=inter_e, positions=graph.positions, displacement=graph.displacement, vectors=vectors,
+            cell=graph.cell, training=training, compute_force=compute_force, compute_virials=compute_virials,
+            compute_stress=compute_stress, compute_hessian=compute_hessian,
+            compute_edge_forces=compute_edge_forces or compute_atomic_stresses,
+        )  # fmt: skip
+        atomic_virials: Optional[torch.Tensor] = None  # noqa: UP045
+        atomic_stresses: Optional[torch.Tensor] = None  # noqa: UP045
+        if compute_atomic_stresses and edge_forces is not None:
+            atomic_virials, atomic_stresses = get_atomic_virials_stresses(
+                edge_forces=edge_forces, edge_index=edges, vectors=vectors, num_atoms=graph.positions.shape[0],
+                batch=data["batch"], cell=graph.cell,
+            )  # fmt: skip
+        return {
+            "energy": e0 + inter_e,
+            "node_energy": node_e0.clone().double() + node_inter.clone().double(),
+            "interaction_energy": inter_e,
+            "energy_short": energy_short,
+            "energy_long": inter_e - energy_short,
+            "forces": forces,
+            "edge_forces": edge_forces,
+            "virials": virials,
+            "stress": stress,
+            "atomic_virials": atomic_virials,
+            "atomic_stresses": atomic_stresses,
+            "hessian": hessian,
+            "displacement": graph.displacement,
+            "node_feats": torch.cat(short_feats, dim=-1),
+            "node_feats_long": torch.cat(long_feats, dim=-1),
+        }
+
+    def energies(
+        self,
+        short_feats: List[torch.Tensor],  # noqa: UP006
+        long_feats: List[torch.Tensor],  # noqa: UP006
+        heads: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:  # noqa: UP006
+        """Atomic energies of the two paths before scale and shift, each (atoms, heads)."""
+        short_es: List[torch.Tensor] = []  # noqa: UP006
+        long_es: List[torch.Tensor] = []  # noqa: UP006
+        for i, readout in enumerate(self.readouts):
+            at = -1 if len(self.readouts) == 1 else i
+            if self.fused:
+                near, far = short_feats[at], long_feats[at]
+                alone = readout(torch.cat([near, torch.zeros_like(far)], dim=-1), heads)
+                short_es.append(alone)
+                long_es.append(readout(torch.cat([near, far], dim=-1), heads) - alone)
+            else:
+                short_es.append(readout(short_feats[at], heads))
+        if not self.fused:
+            for i, far_readout in enumerate(self.long.readouts):
+                at = -1 if len(self.long.readouts) == 1 else i
+                long_es.append(far_readout(long_feats[at], heads))
+        return torch.stack(short_es, dim=0).sum(dim=0), torch.stack(long_es, dim=0).sum(dim=0)
+
+    @torch.jit.unused
+    def short_model(self) -> ScaleShiftMACE:
+        """The short path as a stock model of cutoff ``r_short``, with the same (not copied) modules.
+
+        Raises:
+            ValueError: the readouts are fused and need the long features.
+        """
+        if self.fused:
+            raise ValueError("short_model: the readouts are fused with the long path; there is no short model in them")
+        stock = ScaleShiftMACE.__new__(ScaleShiftMACE)
+        torch.nn.Module.__init__(stock)
+        for name, value in vars(self).items():
+            stock.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        del stock.long, stock.__dict__["coupling"], stock.__dict__["fused"]
+        stock.r_max = self.r_short.clone()
+        del stock._buffers["r_short"]
+        return stock
+
+
+def check_paths(short: ScaleShiftMACE, long: ScaleShiftMACE, coupling: str) -> None:
+    """What the two paths must have in common.
+
+    Raises:
+        ValueError: which of it they have not.
+    """
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling: expected one of {', '.join(COUPLINGS)}, got {coupling!r}")
+    if float(short.r_max) > float(long.r_max) or float(short.r_max) <= 0:
+        raise ValueError(
+            f"r_short: expected 0 < r_short <= r_max (the long cutoff), got {float(short.r_max):g} and "
+            f"{float(long.r_max):g} Å"
+        )
+    for what, a, b in (
+        ("interaction layers", len(short.interactions), len(long.interactions)),
+        ("heads", list(short.heads), list(long.heads)),
+        ("elements", short.atomic_numbers.tolist(), long.atomic_numbers.tolist()),
+        ("readouts", len(short.readouts), len(long.readouts)),
+    ):
+        if a != b:
+            raise ValueError(f"{what}: expected the same in both paths, got {a} (short) and {b} (long)")
+    if hasattr(short, "joint_embedding"):
+        raise ValueError("embedding_specs: MultiScaleMACE has no extra embeddings; leave --embedding_specs out")
+
+
+def fused_readouts(short: ScaleShiftMACE, long: ScaleShiftMACE) -> torch.nn.ModuleList:
+    """Readouts over the features of both paths, with the short path's weights and zeros for the long features."""
+    out = torch.nn.ModuleList()
+    for near, far in zip(short.readouts, long.readouts, strict=True):
+        first = near.linear if isinstance(near, LinearReadoutBlock) else near.linear_1
+        other = far.linear if isinstance(far, LinearReadoutBlock) else far.linear_1
+        irreps_in = o3.Irreps(first.irreps_in) + o3.Irreps(other.irreps_in)  # slots stay apart: short first
+        heads = o3.Irreps(f"{len(short.heads)}x0e")
+        if isinstance(near, LinearReadoutBlock):
+            block = LinearReadoutBlock(irreps_in, heads)
+            copy_short(block.linear, near.linear)
+        else:
+            block = NonLinearReadoutBlock(
+                irreps_in, o3.Irreps(near.hidden_irreps), near.non_linearity.acts[0].f, heads, near.num_heads
+            )
+            copy_short(block.linear_1, near.linear_1)
+            block.linear_2.load_state_dict(near.linear_2.state_dict())
+        out.append(block.to(next(near.parameters()).dtype))
+    return out
+
+
+@torch.no_grad()
+def copy_short(wide: o3.Linear, narrow: o3.Linear) -> None:
+    """Give ``wide``, whose first inputs are those of ``narrow``, its values there and zero elsewhere.
+
+    e3nn divides by the square root of the number of inputs, so the weights are rescaled.
+    """
+    slots = len(o3.Irreps(narrow.irreps_in))
+    wide.weight.zero_()
+    values = {(i.i_in, i.i_out): w * i.path_weight for _, i, w in narrow.weight_views(yield_instruction=True)}
+    for _, instruction, view in wide.weight_views(yield_instruction=True):
+        if instruction.i_in < slots:
+            view.copy_(values[instruction.i_in, instruction.i_out] / instruction.path_weight)

@@ -1,0 +1,111 @@
+"""Take a MultiScaleMACE apart into stock models, and put one together for other elements or heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from e3nn import o3
+from torch import nn
+
+from mace_lora.mace_plugin.model_parts import LinearReadoutBlock, NonLinearReadoutBlock, ScaleShiftMACE
+
+from .model import MultiScaleMACE
+
+__all__ = ["attach_long", "stock_paths"]
+
+
+def stock_paths(model: Any) -> tuple[ScaleShiftMACE, ScaleShiftMACE]:
+    """The two paths as stock models that share the modules; fused readouts are cut down to the short features."""
+    if not model.fused:
+        return model.short_model(), model.long
+    plain = MultiScaleMACE.__new__(MultiScaleMACE)
+    nn.Module.__init__(plain)
+    for name, value in vars(model).items():
+        plain.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    plain.fused, plain.coupling, plain.readouts = False, "sum", _narrow_readouts(model)
+    return plain.short_model(), model.long
+
+
+def _narrow_readouts(model: Any) -> nn.ModuleList:
+    """Readouts of the short features alone; exact where the long features are zero."""
+    out = nn.ModuleList()
+    heads = o3.Irreps(f"{len(model.heads)}x0e")
+    for index, wide in enumerate(model.readouts):
+        at = len(model.products) - 1 if len(model.readouts) == 1 else index
+        irreps_in = o3.Irreps(model.products[at].linear.irreps_out)
+        if isinstance(wide, LinearReadoutBlock):
+            block = LinearReadoutBlock(irreps_in, heads)
+            pairs = [(block.linear, wide.linear)]
+        else:
+            gate = wide.non_linearity.acts[0].f
+            block = NonLinearReadoutBlock(irreps_in, o3.Irreps(wide.hidden_irreps), gate, heads, wide.num_heads)
+            pairs = [(block.linear_1, wide.linear_1)]
+            block.linear_2.load_state_dict(wide.linear_2.state_dict())
+        for narrow, source in pairs:
+            _copy_first(narrow, source)
+        out.append(block.to(next(wide.parameters()).dtype))
+    return out
+
+
+@torch.no_grad()
+def _copy_first(narrow: o3.Linear, wide: o3.Linear) -> None:
+    """The weights of the first input slots, rescaled as e3nn's normalisation asks."""
+    values = {(i.i_in, i.i_out): w * i.path_weight for _, i, w in wide.weight_views(yield_instruction=True)}
+    for _, instruction, view in narrow.weight_views(yield_instruction=True):
+        view.copy_(values[instruction.i_in, instruction.i_out] / instruction.path_weight)
+
+
+def attach_long(short: Any, source: Any, elements: Sequence[int]) -> MultiScaleMACE:
+    """Put the long path (and fused readouts) of a trained model beside a short path for other elements.
+
+    Args:
+        short: stock model, prepared from the source's short path.
+        source: trained MultiScaleMACE; not changed.
+        elements: atomic numbers, a subset of the source's.
+
+    Raises:
+        ValueError: other heads than the source's.
+    """
+    from mace.tools.finetuning_utils import load_foundations_elements
+    from mace.tools.scripts_utils import extract_config_mace_model
+    from mace.tools.utils import AtomicNumberTable
+
+    if list(short.heads) != list(source.heads) and max(len(short.heads), len(source.heads)) > 1:
+        raise ValueError(
+            f"heads: expected those of the multiscale foundation ({', '.join(source.heads)}), got "
+            f"{', '.join(short.heads)}; multi-head fine-tuning of a multiscale model is not supported"
+        )
+    dtype = next(short.parameters()).dtype
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        config = extract_config_mace_model(source.long)
+        heads = len(short.heads)
+        config |= {
+            "atomic_energies": torch.zeros(heads, len(elements)).numpy(), "atomic_numbers": list(elements),
+            "num_elements": len(elements), "heads": list(short.heads), "atomic_inter_scale": [1.0] * heads,
+            "atomic_inter_shift": [0.0] * heads,
+        }  # fmt: skip
+        with torch.no_grad():
+            long = load_foundations_elements(
+                ScaleShiftMACE(**config), source.long, AtomicNumberTable(list(elements)), load_readout=True,
+                max_L=config["hidden_irreps"].lmax, default_dtype=dtype,
+            )  # fmt: skip
+            _check_scale(short, source)
+        model = MultiScaleMACE(short, long.to(next(short.parameters()).device), source.coupling)
+        if model.fused:
+            model.readouts.load_state_dict(source.readouts.state_dict())
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
+def _check_scale(short: Any, source: Any) -> None:
+    """Upstream carries scale and shift over; checked, since a lost scale would be silent."""
+    got, expected = torch.atleast_1d(short.scale_shift.scale), torch.atleast_1d(source.scale_shift.scale)
+    if not torch.allclose(got.to(expected), expected):
+        raise ValueError(
+            f"scale: expected the foundation's {expected.tolist()}, got {got.tolist()}; give --scaling=no_scaling"
+        )

@@ -1,0 +1,167 @@
+"""mace_run_train --model=MultiScaleMACE: from scratch, around a foundation, with LoRA, restarted; bad input."""
+
+import re
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from helpers import BIN, flags, launch, train
+
+SCRATCH = {
+    "foundation_model": None, "lora": None, "lora_rank": None, "multiheads_finetuning": None,
+    "model": "MultiScaleMACE", "r_short": 2.5, "r_max": 5.0, "hidden_irreps": "8x0e+8x1o", "max_ell": 2,
+    "correlation": 2,
+    "num_channels_long": 4, "default_dtype": "float64", "max_num_epochs": 2,
+}  # fmt: skip
+AROUND = {"lora": None, "lora_rank": None, "model": "MultiScaleMACE", "r_max": 8.0, "num_channels_long": 4}
+
+
+def load(work, name="run"):
+    return torch.load(work / f"{name}.model", weights_only=False, map_location="cpu")
+
+
+def forces(model, frames):
+    from mace.calculators import MACECalculator
+
+    calculator = MACECalculator(models=[model], device="cpu", default_dtype="float64")
+    out = []
+    for atoms in frames:
+        atoms = atoms.copy()
+        atoms.calc = calculator
+        out.append((atoms.get_potential_energy(), atoms.get_forces()))
+    return out
+
+
+def test_from_scratch_with_swa_ema_and_restart(job, tmp_path):
+    once = train(job, tmp_path / "once", **SCRATCH | {"max_num_epochs": 4, "ema": True, "seed": 3})
+    assert "short path 2.5 Å" in once.stdout and "coupling sum" in once.stdout
+    assert re.search(r"average number of neighbors within r_short: [\d.]+", once.stdout)
+    model = load(tmp_path / "once")
+    assert type(model).__name__ == "MultiScaleMACE"
+    assert float(model.r_short) == 2.5 and float(model.r_max) == 5.0
+    near, far = (float(m.interactions[0].avg_num_neighbors) for m in (model, model.long))
+    assert near < far
+    two = {"max_num_epochs": 2, "ema": True, "seed": 3}
+    train(job, tmp_path / "two", **SCRATCH | two)
+    again = train(job, tmp_path / "two", **SCRATCH | two | {"max_num_epochs": 4, "restart_latest": True})
+    assert "Loading checkpoint" in again.stdout
+    frames = ase.io.read(job / "test.xyz", ":")
+    for (e1, f1), (e2, f2) in zip(forces(model, frames), forces(load(tmp_path / "two"), frames), strict=True):
+        assert np.isfinite(f1).all()
+        assert abs(e1 - e2) < 0.5 and np.abs(f1 - f2).max() < 0.5  # data order differs after a restart
+    moved = [n for n, p in model.named_parameters() if n.startswith("long.") and p.grad is None]
+    assert moved  # the long path is there; its weights are checked below
+    fresh = train(job, tmp_path / "swa", **SCRATCH | {"swa": True, "start_swa": 1, "max_num_epochs": 3, "ema": True})
+    assert "stage two" in fresh.stdout.lower() or "swa" in fresh.stdout.lower()
+    assert (tmp_path / "swa" / "run_stagetwo.model").is_file()
+
+
+def test_evaluated_by_upstreams_command(job, tmp_path):
+    train(job, tmp_path, **SCRATCH)
+    out = tmp_path / "out.xyz"
+    launch([
+        BIN / "mace_eval_configs", f"--configs={job / 'test.xyz'}", f"--model={tmp_path / 'run.model'}",
+        f"--output={out}", "--device=cpu", "--default_dtype=float64",
+    ])  # fmt: skip
+    frames = ase.io.read(out, ":")
+    expected = forces(load(tmp_path), frames)
+    for atoms, (energy, force) in zip(frames, expected, strict=True):
+        assert atoms.info["MACE_energy"] == pytest.approx(energy, abs=1e-6)
+        np.testing.assert_allclose(atoms.arrays["MACE_forces"], force, atol=1e-6)
+
+
+@pytest.mark.parametrize("coupling", ["sum", "fused"])
+def test_around_a_foundation(job, tmp_path, coupling):
+    """lr 0: the foundation's predictions; then the long path alone; then a fine-tuning of the result."""
+    frozen = {} if coupling == "fused" else {"multiscale_freeze_short": True}
+    options = AROUND | {"multiscale_coupling": coupling, "default_dtype": "float64"}
+    train(job, tmp_path / "still", **options | {"lr": 1e-30, "max_num_epochs": 1})
+    train(job, tmp_path / "plain", lora=None, lora_rank=None, lr=1e-30, max_num_epochs=1, default_dtype="float64")
+    frames = ase.io.read(job / "test.xyz", ":")
+    still, plain = load(tmp_path / "still"), load(tmp_path / "plain")
+    for (e1, f1), (e2, f2) in zip(forces(still, frames), forces(plain, frames), strict=True):
+        assert e1 == pytest.approx(e2, abs=1e-6)
+        np.testing.assert_allclose(f1, f2, atol=1e-6)
+    train(job, tmp_path / "long", **options | frozen | {"max_num_epochs": 3, "lr": 0.01})
+    tuned = load(tmp_path / "long")
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, dict(still.named_parameters())[n])}
+    assert any(n.startswith("long.") for n in changed)
+    if frozen:
+        assert all(n.startswith("long.") for n in changed)
+    more = {"foundation_model": tmp_path / "long" / "run.model", "r_max": None, "num_channels_long": None}
+    more |= {"multiscale_coupling": None}
+    train(job, tmp_path / "more", **options | more | {"lr": 1e-30, "max_num_epochs": 1})
+    again = load(tmp_path / "more")
+    assert again.coupling == coupling and float(again.r_max) == 8.0
+    for (_, f1), (_, f2) in zip(forces(tuned, frames), forces(again, frames), strict=True):
+        np.testing.assert_allclose(f1, f2, atol=1e-6)
+
+
+def test_lora_around_a_foundation_and_on_a_multiscale_base(job, tmp_path):
+    work = tmp_path / "first"
+    done = train(job, work, **AROUND | {"lora": True, "lora_rank": 2, "default_dtype": "float64", "lr": 0.01})
+    assert "writing the adapter" in done.stdout
+    model = load(work)
+    assert type(model).__name__ == "MultiScaleMACE"
+    assert not [n for n, _ in model.named_modules() if "base_layer" in n]
+    options = {
+        "foundation_model": work / "run.model", "model": "MultiScaleMACE", "lora_rank": 2, "default_dtype": "float64",
+        "lr": 0.01, "restart_latest": True,
+    }  # fmt: skip
+    train(job, tmp_path / "second", **options | {"max_num_epochs": 1})
+    done = train(job, tmp_path / "second", **options | {"max_num_epochs": 3})
+    assert "Loading checkpoint" in done.stdout
+    frames = ase.io.read(job / "test.xyz", ":")
+    merged = load(tmp_path / "second")
+    from mace_lora import load_adapter
+    from mace_lora.lora.calculator import load_calculator
+
+    calculator = load_calculator(work / "run.model", tmp_path / "second" / "run-adapter", default_dtype="float64")
+    for atoms, (energy, force) in zip(frames, forces(merged, frames), strict=True):
+        atoms = atoms.copy()
+        atoms.calc = calculator
+        assert atoms.get_potential_energy() == pytest.approx(energy, abs=1e-5)
+        np.testing.assert_allclose(atoms.get_forces(), force, atol=1e-5)
+    assert load_adapter is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (SCRATCH | {"r_short": 5.0}, r"--r_max: expected the long cutoff, larger than r_short \(5 Å\), got 5 Å"),
+        (SCRATCH | {"r_short": -1.0}, "--r_short: expected a length > 0 in Å, got -1"),
+        (SCRATCH | {"r_short": None}, "--r_short: --model=MultiScaleMACE needs the short cutoff"),
+        (SCRATCH | {"num_channels_long": -3}, "--num_channels_long: expected a whole number of at least 1, got -3"),
+        (SCRATCH | {"enable_cueq": "True"}, "--enable_cueq/--enable_oeq/--only_cueq: upstream converts MACE"),
+        (SCRATCH | {"multiscale_freeze_short": True}, "it would freeze random weights; give --foundation_model"),
+        (SCRATCH | {"model": "MACE"}, "--r_short: has no effect without --model=MultiScaleMACE"),
+        (SCRATCH | {"freeze": 5}, "--freeze 5: use --multiscale_freeze_short"),
+        (AROUND | {"r_max": 4.0}, r"--r_max: expected the long cutoff, larger than r_short \(4.5 Å\), got 4 Å"),
+        (AROUND | {"r_short": 3.0}, "--r_short: expected 4.5 Å, the foundation's cutoff, got 3"),
+        (
+            AROUND | {"multiscale_freeze_short": True, "multiscale_coupling": "fused"},
+            "fused readouts belong to both paths",
+        ),
+        (AROUND | {"multiscale_freeze_short": True, "lora": True}, "--lora adapts the short path; drop one"),
+    ],
+)
+def test_bad_input(job, tmp_path, changes, message):
+    done = train(job, tmp_path, check=False, **changes)
+    assert done.returncode != 0
+    assert re.search(message, " ".join(done.stdout.split())), done.stdout[-1500:]
+    assert "Epoch 0" not in done.stdout
+
+
+def test_multiscale_foundation_needs_the_flag(job, tmp_path):
+    train(job, tmp_path / "base", **SCRATCH | {"max_num_epochs": 1, "E0s": "average"})
+    base = tmp_path / "base" / "run.model"
+    done = train(job, tmp_path / "a", check=False, foundation_model=base, lora=None, lora_rank=None)
+    assert done.returncode != 0
+    assert "it is a MultiScaleMACE; give --model=MultiScaleMACE" in " ".join(done.stdout.split())
+    done = train(
+        job, tmp_path / "b", check=False, foundation_model=base, lora=None, lora_rank=None, model="MultiScaleMACE",
+        num_channels_long=4,
+    )  # fmt: skip
+    assert "brings its own; leave the flag out" in " ".join(done.stdout.split())
+    assert flags(job, tmp_path)  # the helper's flags stay those of a stock run
