@@ -33,7 +33,7 @@ BIN = Path(sys.executable).parent
 # molecules in the box, frames of the annealing, members, frames labelled a round, rounds, epochs, temperatures
 SCALES = {
     "smoke": {"molecules": 4, "start": 10, "members": 2, "per_round": 5, "rounds": 2, "epochs": 2, "frames": 5},
-    "laptop": {"molecules": 8, "start": 40, "members": 4, "per_round": 30, "rounds": 4, "epochs": 10, "frames": 25},
+    "laptop": {"molecules": 8, "start": 10, "members": 4, "per_round": 10, "rounds": 6, "epochs": 20, "frames": 25},
     "paper": {
         "molecules": 27,
         "start": 300,

@@ -74,8 +74,8 @@ def test_changed_upstream_gives_a_clear_message(monkeypatch):
     assert any(problem for _, problem in contract.check())
 
 
-def test_lora_is_a_registered_plugin():
-    assert [p.name for p in load_plugins()] == ["lora"]
+def test_registered_plugins():
+    assert [p.name for p in load_plugins()] == ["multiscale", "lora"]  # in the order they are called
 
 
 @pytest.mark.usefixtures("double")
