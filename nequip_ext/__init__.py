@@ -13,13 +13,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LoRA": "nequip_ext.lora.builder",
+    "MultiScaleNequIP": "nequip_ext.multiscale.model",
     "MuonParamGroups": "nequip_ext.lora.param_groups",
     "PaiNN": "nequip_ext.painn.model",
     "SaveAdapter": "nequip_ext.lora.callback",
     "TrainedParams": "nequip_ext.lora.param_groups",
 }
 
-__all__ = ["LoRA", "MuonParamGroups", "PaiNN", "SaveAdapter", "TrainedParams"]
+__all__ = ["LoRA", "MultiScaleNequIP", "MuonParamGroups", "PaiNN", "SaveAdapter", "TrainedParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,11 +29,11 @@ class LongPath:
     """
 
     num_channels_long: int = 16
-    max_L_long: int = 0
+    max_L_long: int = 1
     max_ell_long: int = 1
     correlation_long: int = 1
     num_radial_basis_long: int = 8
-    radial_hidden_long: int = 16
+    radial_hidden_long: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -20,6 +20,10 @@ MODELS = {
         "num_tensor_features": 4, "allegro_mlp_hidden_layers_width": 16,
         "radial_chemical_embed": {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed", "num_bessels": 6}, **COMMON,
     },
+    "multiscale": {
+        "_target_": "nequip_ext.MultiScaleNequIP", "r_short": 2.2, "num_layers": 2, "num_features": 6,
+        "radial_mlp_width": 8, "num_channels_long": 4, "num_layers_long": 2, **COMMON,
+    },
     "painn": {"_target_": "nequip_ext.PaiNN", "num_layers": 2, "num_features": 8, "num_bessels": 6, **COMMON},
 }  # fmt: skip
 

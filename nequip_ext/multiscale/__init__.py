@@ -1,0 +1,1 @@
+"""MultiScaleNequIP: NequIP on short edges beside a light NequIP on long ones."""

@@ -1,0 +1,149 @@
+"""MultiScaleNequIP: NequIP's own model tests, and the two ranges."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("nequip")
+
+from nequip.data import AtomicDataDict
+from nequip.utils.unittests.conftest import *  # noqa: F403  upstream's fixtures
+from nequip.utils.unittests.model_tests import BaseEnergyModelTests
+from nequip_models import MODELS, build, energy_forces, molecule
+from test_lora_lifecycle import train
+
+# upstream's tests start nequip-train by name
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+pytestmark = pytest.mark.nequip
+
+MODEL = MODELS["multiscale"]
+
+
+@pytest.fixture(scope="session", params=["float64"])
+def model_dtype(request):
+    return request.param
+
+
+class TestUpstream(BaseEnergyModelTests):
+    """Everything that NequIP asks of an energy model: eager, compiled, packaged, AOT Inductor, symmetries, cutoffs."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def config(cls):
+        return MODEL
+
+    @pytest.fixture
+    def strict_locality(self):
+        return False
+
+    @pytest.fixture(scope="class", params=["minimal_toy_emt.yaml"])
+    @classmethod
+    def conffile(cls, request):
+        return request.param
+
+    @pytest.fixture(scope="class", params=["package"])
+    @classmethod
+    def model_source(cls, request):
+        return request.param
+
+
+def pair(distance: float) -> AtomicDataDict.Type:
+    """C–O at a distance (Å), with a neighbour list of the long cutoff."""
+    from ase import Atoms
+    from nequip.data import compute_neighborlist_, from_ase
+
+    atoms = Atoms("COH", positions=[[0, 0, 0], [0, 0, distance], [0, 1.0, 0]])
+    data = compute_neighborlist_(from_ase(atoms), r_max=MODEL["r_max"])
+    data[AtomicDataDict.ATOM_TYPE_KEY] = torch.tensor([1, 2, 0])
+    return data
+
+
+@pytest.mark.parametrize("coupling", ["sum", "fused"])
+@pytest.mark.parametrize("cutoff", [MODEL["r_short"], MODEL["r_max"]])
+def test_smooth_at_both_cutoffs(coupling, cutoff):
+    model, eps = build("multiscale", multiscale_coupling=coupling), 1e-5
+
+    def at(distance: float) -> tuple[float, float]:
+        energy, forces = energy_forces(model, pair(distance))
+        return float(energy), float(forces[1, 2])
+
+    energies, forces = zip(*(at(cutoff + k * eps) for k in (-2, -1, 1, 2)), strict=True)
+    assert abs(energies[2] - energies[1] + 2 * eps * forces[1]) < 1e-9
+    assert abs(forces[2] - forces[1]) < 1e-4
+    slopes = [(forces[1] - forces[0]) / eps, (forces[3] - forces[2]) / eps]
+    assert abs(slopes[1] - slopes[0]) < 2e-2
+    assert abs(at(MODEL["r_max"] - 1.0)[1]) > 1e-7  # beyond the short range the atom is felt
+    assert abs(at(MODEL["r_max"] + 0.5)[1]) < 1e-12
+
+
+def test_short_path_sees_short_edges_only():
+    model, seen = build("multiscale"), {}
+    for name in ("layer0_convnet", "long_layer0_convnet"):
+        module = next(m for n, m in model.named_modules() if n.endswith(f".{name}"))
+
+        def note(_, args, key=name):
+            seen[key] = args[0][AtomicDataDict.EDGE_INDEX_KEY].shape[1]
+
+        module.register_forward_pre_hook(note)
+    data = molecule()
+    lengths = (data["pos"][data["edge_index"][1]] - data["pos"][data["edge_index"][0]]).norm(dim=1)
+    model(dict(data))
+    assert seen["long_layer0_convnet"] == len(lengths)
+    assert 0 < seen["layer0_convnet"] == int((lengths < MODEL["r_short"]).sum()) < len(lengths)
+
+
+def test_lora_on_both_paths():
+    from nequip_models import lora, randomise
+
+    plain, adapted = build("multiscale"), lora("multiscale", rank=2)
+    base = energy_forces(plain, molecule())
+    torch.testing.assert_close(energy_forces(adapted, molecule()), base, atol=1e-10, rtol=0)
+    names = [n for n, _ in adapted.named_parameters() if ".lora_A." in n]
+    assert any(".long_layer0_convnet." in n for n in names) and any(".layer0_convnet." in n for n in names)
+    randomise(adapted)
+    assert (energy_forces(adapted, molecule())[1] - base[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r_short": 4.0}, r"r_short: expected a length between 0 and r_max \(4.0 Å\), got 4.0"),
+        ({"r_short": -1.0}, "r_short: expected a length between 0 and r_max"),
+        ({"multiscale_coupling": "mean"}, "multiscale_coupling: expected one of sum, fused, got 'mean'"),
+        ({"num_channels_long": 0}, "num_channels_long: expected a positive whole number, got 0"),
+        ({"num_layers_long": -2}, "num_layers_long: expected a positive whole number, got -2"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build("multiscale", **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two epochs of the config in recipes/, as it is."""
+    folder = tmp_path_factory.mktemp("multiscale")
+    train("nequip_multiscale", "epochs=2", f"folder={folder}/eager")
+    return folder
+
+
+def test_training_compiled_packaged_and_in_ase(trained):
+    from test_lora_lifecycle import BIN, call, close, predict
+
+    eager = predict(trained / "eager" / "best.ckpt", "")
+    train("nequip_multiscale", "epochs=2", f"folder={trained}/compiled", "+training_module.model.compile_mode=compile")
+    assert close(predict(trained / "compiled" / "best.ckpt", ""), eager, 1e-2, 0.1)
+    package, compiled = trained / "ms.nequip.zip", trained / "ms.nequip.pt2"
+    call(BIN / "nequip-package", "build", trained / "eager" / "best.ckpt", package)
+    assert close(predict(package, "block"), eager, 1e-5, 1e-3)  # without our package installed
+    call(BIN / "nequip-compile", package, compiled, "--mode", "aotinductor", "--device", "cpu", "--target", "ase")
+    assert close(predict(compiled, "block"), eager, 1e-3, 1e-2)
+
+
+def test_restart(trained):
+    log = train("nequip_multiscale", "epochs=3", f"folder={trained}/again", f"++ckpt_path={trained}/eager/last.ckpt")
+    assert "Restored all states from the checkpoint" in log or "Restoring states" in log
