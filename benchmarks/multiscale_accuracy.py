@@ -148,11 +148,12 @@ def table(epochs: Annotated[int, typer.Option(help="which budget")] = 40) -> Non
     lines = [
         "# Accuracy of MS-MACE against MACE of the short and of the long cutoff",
         "",
-        "From scratch, 16x0e+16x1o, max_ell 2, correlation 2, two layers; 50 training and 25 validation frames, "
-        f"100 test frames; {epochs} epochs of 25 steps, rate falling to a twentieth, EMA 0.99, float32, best of "
-        "the learning rates on the first seed's validation frames; E in meV/atom with the mean offset of the training "
-        "frames removed, F in meV/Å; median (min–max) over seeds. Command: `python benchmarks/multiscale_accuracy.py run "
-        f"--data DIR`, `… table` ({datetime.date.today()}, mace-torch {version('mace-torch')}).",
+        "From scratch, 16x0e+16x1o, max_ell 2, correlation 2, two layers; 50 training, 25 validation and 100 test "
+        f"frames; {epochs} epochs of 25 steps, rate falling to a twentieth, EMA 0.99, float32; learning rates are "
+        "chosen on the first seed's validation frames; E in meV/atom, the mean offset of the training frames removed, "
+        "F in meV/Å; median (min–max) over seeds.",
+        "Command: `python benchmarks/multiscale_accuracy.py run --data DIR`, `… table` "
+        f"({datetime.date.today()}, mace-torch {version('mace-torch')}).",
     ]
     for name in sorted({r["set"] for r in rows}):
         short, long = CUTOFFS[name]

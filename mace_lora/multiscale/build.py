@@ -87,7 +87,8 @@ def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_nei
 
 def to_multiscale(
     short: ScaleShiftMACE, r_max: float, sizes: LongPath | None = None, *, coupling: str = "sum",
-    avg_num_neighbors: float | None = None, zero: bool = True,
+    avg_num_neighbors: float | None = None, zero: bool = True, long_range: str = "none",
+    pme_smearing: float | None = None,
 ) -> MultiScaleMACE:  # fmt: skip
     """Put a long path beside a MACE, which keeps its weights and becomes the short path.
 
@@ -97,7 +98,10 @@ def to_multiscale(
         sizes: of the long path; default :class:`LongPath`.
         coupling: "sum" or "fused".
         avg_num_neighbors: within r_max; default the short path's, scaled with the volume.
-        zero: start with a long path that contributes nothing, so that the model predicts what ``short`` predicts.
+        zero: start with a long path that contributes nothing, so that the model predicts what ``short`` predicts (with
+            ``pme``: nearly so, since charges of zero would never grow).
+        long_range: "none", or "pme" for learned charges and their Coulomb energy beyond r_max.
+        pme_smearing: Å, see :class:`mace_lora.multiscale.pme.MultiScaleMACEPME`.
 
     Raises:
         ValueError: a cutoff or size that does not fit.
@@ -108,7 +112,15 @@ def to_multiscale(
     if avg_num_neighbors is None:
         avg_num_neighbors = float(short.interactions[0].avg_num_neighbors) * (r_max / r_short) ** 3
     long = build_long(short, r_max, sizes or LongPath(), avg_num_neighbors)
-    model = MultiScaleMACE(short, long.to(next(short.parameters()).device), coupling)
+    long = long.to(next(short.parameters()).device)
+    if long_range == "pme":
+        from .pme import MultiScaleMACEPME
+
+        model: MultiScaleMACE = MultiScaleMACEPME(short, long, coupling, pme_smearing, 1e-3 if zero else 0.1)
+    elif long_range == "none":
+        model = MultiScaleMACE(short, long, coupling)
+    else:
+        raise ValueError(f"long_range: expected none or pme, got {long_range!r}")
     if zero:
         zero_long(model)
     return model

@@ -17,7 +17,7 @@ from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 __all__ = ["MultiscalePlugin"]
 
 MODEL = "MultiScaleMACE"
-_FLAGS = ("r_short", "multiscale_coupling", "multiscale_freeze_short")
+_FLAGS = ("r_short", "multiscale_coupling", "multiscale_freeze_short", "long_range", "pme_smearing")
 
 
 class MultiscalePlugin(TrainPlugin):
@@ -52,6 +52,12 @@ class MultiscalePlugin(TrainPlugin):
             "--multiscale_freeze_short", type=str2bool, nargs="?", const=True,
             help="train the long path only, beside a foundation model (default False)",
         )  # fmt: skip
+
+        group.add_argument(
+            "--long_range", choices=("none", "pme"),
+            help="pme: learned charges and their Coulomb energy beyond r_max, periodic frames only (default none)",
+        )  # fmt: skip
+        group.add_argument("--pme_smearing", type=float, help="Å; width of the Ewald Gaussians (default r_max / 6)")
 
     def enabled(self, args: argparse.Namespace) -> bool:
         return bool(args.model == MODEL)
@@ -101,6 +107,8 @@ class MultiscalePlugin(TrainPlugin):
         from .rebuild import stock_paths
 
         args = run.args
+        if args.long_range == "pme" or hasattr(run.foundation, "charges"):
+            _check_periodic(run.train_dataset)
         run.state["avg_num_neighbors_long"] = args.avg_num_neighbors
         if hasattr(run.foundation, "r_short"):
             run.stand_in = stock_paths(run.foundation)[0]
@@ -127,14 +135,15 @@ class MultiscalePlugin(TrainPlugin):
                     avg_num_neighbors=run.state["avg_num_neighbors_long"]
                     if run.foundation is None
                     else _neighbours(run.train_dataset, long),
-                    zero=run.foundation is not None,
+                    zero=run.foundation is not None, long_range=args.long_range or "none",
+                    pme_smearing=args.pme_smearing,
                 )  # fmt: skip
-                run.state["train_in_full"] = ("long.",) if run.foundation is not None else ()
+                run.state["train_in_full"] = ("long.", "charges") if run.foundation is not None else ()
         except ValueError as err:
             raise SettingsError(f"--model={MODEL}: {err}") from err
         if args.multiscale_freeze_short:
             for name, parameter in built.named_parameters():
-                parameter.requires_grad_(name.startswith("long."))
+                parameter.requires_grad_(name.startswith(("long.", "charges.")))
         count = sum(p.numel() for p in built.long.parameters())
         logging.info(
             "equitune: %s: short path %g Å with %s, long path %g Å with %s parameters, coupling %s", MODEL,
@@ -150,6 +159,8 @@ class MultiscalePlugin(TrainPlugin):
         for name, parameter in model.long.named_parameters():  # type: ignore[union-attr]
             is_weight = ("interactions." in name or "products." in name) and any(d in name for d in decayed)
             groups[is_weight].append(parameter)
+        if hasattr(model, "charges"):
+            groups[False] += model.charges.parameters()  # type: ignore[operator, union-attr]
         weight_decay = run.args.weight_decay
         return [
             {"name": "long_decay", "params": groups[True], "weight_decay": weight_decay, "lr": run.args.lr},
@@ -186,6 +197,15 @@ def _refuse_conflicts(args: argparse.Namespace) -> None:
         )
     if args.embedding_specs is not None:
         raise SettingsError(f"--embedding_specs: {MODEL} has no extra embeddings; leave the flag out")
+    if args.pme_smearing is not None and args.long_range != "pme":
+        raise SettingsError("--pme_smearing: has no effect without --long_range=pme; add it, or drop the flag")
+    if args.long_range == "pme":
+        from .pme import _calculator
+
+        try:
+            _calculator(args.r_max, args.r_max / 6 if args.pme_smearing is None else args.pme_smearing)
+        except ValueError as err:
+            raise SettingsError(f"--long_range=pme: {err}") from err
     if args.multiscale_freeze_short and args.foundation_model is None:
         raise SettingsError("--multiscale_freeze_short: it would freeze random weights; give --foundation_model")
     if args.multiscale_freeze_short and args.lora:
@@ -208,6 +228,15 @@ def _check_against_multiscale(model: Any, given: list[str]) -> None:
     wrong = [f for f in given if f not in ("multiscale_freeze_short", "r_short")]
     if wrong:
         raise SettingsError(f"--{wrong[0]}: the foundation model is a {MODEL} and brings its own; leave the flag out")
+
+
+def _check_periodic(dataset: Any) -> None:
+    for index, graph in enumerate(dataset):
+        if not bool(torch.as_tensor(graph.pbc).all()):
+            raise SettingsError(
+                f"--long_range=pme: expected frames that are periodic in all directions, got training frame {index} "
+                "without; leave the flag out, or give periodic frames"
+            )
 
 
 def _neighbours(dataset: Any, cutoff: float) -> float:

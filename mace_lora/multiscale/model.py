@@ -123,7 +123,8 @@ class MultiScaleMACE(ScaleShiftMACE):
             short_e = short_e + (pair if local < 0 else pair[:local])
         # scale and shift: the shift belongs to the short path
         node_short = self.scale_shift(short_e, heads)
-        node_inter = self.scale_shift(short_e + long_e, heads)
+        far = self.far_energies(data, graph.displacement, long_feats[-1], lengths)
+        node_inter = self.scale_shift(short_e + long_e, heads) + far
         inter_e = scatter_sum(node_inter, data["batch"], dim=-1, dim_size=graph.num_graphs)
         energy_short = scatter_sum(node_short, data["batch"], dim=-1, dim_size=graph.num_graphs)
 
@@ -157,6 +158,16 @@ class MultiScaleMACE(ScaleShiftMACE):
             "node_feats": torch.cat(short_feats, dim=-1),
             "node_feats_long": torch.cat(long_feats, dim=-1),
         }
+
+    def far_energies(
+        self,
+        data: Dict[str, torch.Tensor],  # noqa: UP006
+        displacement: Optional[torch.Tensor],  # noqa: UP045
+        features: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """Atomic energies from beyond the long cutoff (atoms,) in eV; none here, see ``pme``."""
+        return torch.zeros_like(features[:, 0])
 
     def energies(
         self,
@@ -198,6 +209,8 @@ class MultiScaleMACE(ScaleShiftMACE):
         del stock.long, stock.__dict__["coupling"], stock.__dict__["fused"]
         stock.r_max = self.r_short.clone()
         del stock._buffers["r_short"]
+        for name in ("charges", "coulomb"):  # of the electrostatic variant
+            stock._modules.pop(name, None)
         return stock
 
 

@@ -94,11 +94,26 @@ def attach_long(short: Any, source: Any, elements: Sequence[int]) -> MultiScaleM
                 max_L=config["hidden_irreps"].lmax, default_dtype=dtype,
             )  # fmt: skip
             _check_scale(short, source)
-        model = MultiScaleMACE(short, long.to(next(short.parameters()).device), source.coupling)
+        long = long.to(next(short.parameters()).device)
+        model = _same_kind(short, long, source, elements)
         if model.fused:
             model.readouts.load_state_dict(source.readouts.state_dict())
     finally:
         torch.set_default_dtype(before)
+    return model
+
+
+def _same_kind(short: Any, long: Any, source: Any, elements: Sequence[int]) -> MultiScaleMACE:
+    """The source's class, with its charges where it has them."""
+    if not hasattr(source, "charges"):
+        return MultiScaleMACE(short, long, source.coupling)
+    from .pme import MultiScaleMACEPME
+
+    model = MultiScaleMACEPME(short, long, source.coupling, source.smearing)
+    rows = [source.atomic_numbers.tolist().index(z) for z in elements]
+    with torch.no_grad():
+        model.charges.element.copy_(source.charges.element[rows])
+        model.charges.weight.copy_(source.charges.weight)
     return model
 
 

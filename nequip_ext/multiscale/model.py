@@ -108,13 +108,14 @@ def MultiScaleNequIP(
         _hidden(num_layers_long, max_L_long, False, num_channels_long), max_L_long, bool(radial_hidden_long),
         radial_hidden_long, avg_num_neighbors, {},
     )  # fmt: skip
-    modules["short_edges"] = ShortEdges(r_short, last.irreps_out)
+    short: Any = ShortEdges(r_short, last.irreps_out)
+    modules["short_edges"] = short
     last = _path(
         modules, "", types, r_short, polynomial_cutoff_p, num_bessels, _hidden(num_layers, l_max, parity, num_features),
-        l_max, radial_mlp_depth, radial_mlp_width, short_neighbors, modules["short_edges"].irreps_out,
+        l_max, radial_mlp_depth, radial_mlp_width, short_neighbors, short.irreps_out,
     )  # fmt: skip
-    modules["all_edges"] = last = AllEdges(last.irreps_out)
-    last = _readouts(modules, multiscale_coupling, num_features, last.irreps_out)
+    modules["all_edges"] = AllEdges(last.irreps_out)
+    last = _readouts(modules, multiscale_coupling, num_features, modules["all_edges"].irreps_out)
     modules["per_type_energy_scale_shift"] = PerTypeScaleShift(
         type_names=types, field=AtomicDataDict.PER_ATOM_ENERGY_KEY, out_field=AtomicDataDict.PER_ATOM_ENERGY_KEY,
         scales=per_type_energy_scales, shifts=per_type_energy_shifts, scales_trainable=per_type_energy_scales_trainable,
