@@ -34,6 +34,8 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.optimize import BFGS
 from tqdm import tqdm
 
+from mace_lora.data import require_sound
+
 NAME = "organic_small"
 LEVEL = "GFN2-xTB"
 TEMPERATURES_K = (300.0, 600.0, 1000.0)
@@ -201,6 +203,8 @@ def sample(workdir: Workdir = WORKDIR, jobs: Jobs = 1) -> None:
     write(workdir / "train.extxyz", singles + shuffled[n_valid:], format="extxyz")
     write(workdir / "valid.extxyz", shuffled[:n_valid], format="extxyz")
     write(workdir / "heldout.extxyz", frames["heldout"], format="extxyz")
+    for split in ("train", "valid", "heldout"):
+        require_sound(workdir / f"{split}.extxyz")
     counts = {
         "molecules_train": sum(task[0] == "train" for task in tasks),
         "molecules_heldout": sum(task[0] == "heldout" for task in tasks),

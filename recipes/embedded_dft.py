@@ -31,6 +31,7 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from tqdm import tqdm
 
 from mace_lora.atomic import write_text
+from mace_lora.data import require_sound
 
 # name: (SMILES, frames per trajectory); none of them is among the molecules of the embedded base
 MOLECULES = {"glycolamide": ("OCC(=O)N", 50), "2_fluoroethanol": ("OCCF", 38), "thioacetamide": ("CC(N)=S", 38)}
@@ -288,6 +289,7 @@ def main(
         rows = label_all(frames, folder / "labels.jsonl")
         seconds = float(np.median([row["seconds"] for row in rows.values()]))
         finished = [labelled(molecule, atoms, rows[int(atoms.info["key"])]) for atoms in frames]
+        require_sound(finished)
         write_outputs(molecule, finished, e0s, seconds, out)
 
 

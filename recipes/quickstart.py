@@ -36,6 +36,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mace_lora import embedded_dft_path  # noqa: E402
 from mace_lora.atomic import write_text  # noqa: E402
+from mace_lora.data import require_sound  # noqa: E402
 from mace_lora.evaluate.metrics import Errors, Predictions, errors, predict  # noqa: E402
 from mace_lora.evaluate.plots import learning_curve, parity  # noqa: E402
 from mace_lora.mace_plugin.base_model import describe_base, embedded_base, prepare_base  # noqa: E402
@@ -62,6 +63,7 @@ def prepare(folder: Path) -> None:
     for split in SPLITS:
         chosen = [f for f in frames if f.info["split"] == split]
         ase.io.write(folder / f"{split}.xyz", chosen, format="extxyz")
+        require_sound(folder / f"{split}.xyz")
 
 
 def train(folder: Path, name: str, lr: float, extra: list[str], epochs: int) -> float:

@@ -72,6 +72,15 @@ class MultiScaleMACEPME(MultiScaleMACE):
         self.smearing = float(long.r_max) / 6 if smearing is None else float(smearing)
         self.coulomb = _calculator(float(long.r_max), self.smearing).to(reference)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mesh of the last evaluation, which can neither be copied nor saved."""
+        kept = {k: v for k, v in self._modules.items() if k != "coulomb"}
+        return {**self.__dict__, "_modules": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.coulomb = _calculator(float(self.r_max), self.smearing).to(self.charges.weight)  # type: ignore[arg-type]
+
     def far_energies(
         self, data: dict[str, torch.Tensor], displacement: torch.Tensor | None, features: torch.Tensor,
         lengths: torch.Tensor,

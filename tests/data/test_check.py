@@ -12,7 +12,7 @@ from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 
-from mace_lora.data import check_frames
+from mace_lora.data import check_frames, require_sound
 from mace_lora.data.consistency import energy_force_slope, units_of_slope
 
 
@@ -179,3 +179,18 @@ def test_molecules_without_pairs_say_nothing_of_units():
         )
         frames.append(atoms)
     assert not any("slope" in f.what for f in check_frames(frames))
+
+
+def test_recipes_stop_at_errors_and_say_warnings(tmp_path):
+    sound = good()
+    said: list[str] = []
+    require_sound(sound, say=said.append)
+    lost = [a.copy() for a in sound]
+    lost[3].arrays["REF_forces"][0, 0] = np.nan
+    ase.io.write(tmp_path / "lost.xyz", lost, write_results=False)
+    with pytest.raises(ValueError, match=r"lost\.xyz: .*NaN.*; frames 3"):
+        require_sound(tmp_path / "lost.xyz")
+    with pytest.raises(ValueError, match="no frame has energy labels under 'energy_dft'"):
+        require_sound(sound, energy_key="energy_dft")
+    require_sound([*sound, sound[0]], say=said.append)
+    assert any(("warning" in s and "frames 20" in s) or "duplicate" in s or "repeat" in s for s in said), said

@@ -165,3 +165,28 @@ def test_multiscale_foundation_needs_the_flag(job, tmp_path):
     )  # fmt: skip
     assert "brings its own; leave the flag out" in " ".join(done.stdout.split())
     assert flags(job, tmp_path)  # the helper's flags stay those of a stock run
+
+
+def test_pme_on_periodic_frames(job, tmp_path):
+    pytest.importorskip("torchpme")
+    done = train(job, tmp_path / "a", check=False, **SCRATCH | {"long_range": "pme"})
+    assert "expected frames that are periodic in all directions, got training frame 0" in " ".join(done.stdout.split())
+    done = train(job, tmp_path / "b", check=False, **SCRATCH | {"pme_smearing": 1.0})
+    assert "--pme_smearing: has no effect without --long_range=pme" in done.stdout
+    files = {}
+    for part in ("train", "valid"):
+        frames = ase.io.read(job / f"{part}.xyz", ":")
+        for atoms in frames:
+            atoms.set_cell([11.0, 11.0, 11.0])
+            atoms.pbc = True
+        files[f"{part}_file"] = tmp_path / f"{part}.xyz"
+        ase.io.write(files[f"{part}_file"], frames, format="extxyz", write_results=False)
+    train(job, tmp_path / "c", **SCRATCH | files | {"long_range": "pme"})
+    model = load(tmp_path / "c")
+    assert type(model).__name__ == "MultiScaleMACEPME" and hasattr(model, "charges")
+    again = {"foundation_model": tmp_path / "c" / "run.model", "r_short": None, "r_max": None, "hidden_irreps": None}
+    again |= {"max_ell": None, "correlation": None, "num_channels_long": None, "lr": 1e-30, "max_num_epochs": 1}
+    train(job, tmp_path / "d", **SCRATCH | files | again)
+    frames = ase.io.read(files["valid_file"], ":")
+    for (_, f1), (_, f2) in zip(forces(model, frames), forces(load(tmp_path / "d"), frames), strict=True):
+        np.testing.assert_allclose(f1, f2, atol=1e-6)
