@@ -192,7 +192,8 @@ def report(folder: Path, scale: str, rows: list[dict[str, Any]], md: dict[str, A
         "# MS-MACE on C12F27N at GFN2-xTB",
         "",
         f"Clusters of three molecules (120 atoms; SMILES {SMILES}), r_short {SHORT} Å, r_long {LONG} Å; frames: "
-        f"{counts}. Scale `{scale}`, {datetime.date.today()}. Command: `python recipes/multiscale_liquid.py --scale {scale}`.",
+        f"{counts}. Scale `{scale}`, {datetime.date.today()}.",
+        f"Command: `python recipes/multiscale_liquid.py --scale {scale}`.",
         "",
         "Paper (arXiv 2312.09490): 901 samples; lowest errors with MS-MACE; stable over 50,000 steps at 800 K only "
         "with stretched bonds in the training data.",
@@ -244,9 +245,7 @@ def main(
             e, f = errors["test"]["errors"]["mae_e"], errors["test"]["errors"]["mae_f"]
             print(f"{model} on {data}: E {e:.2f} meV/atom, F {f:.1f} meV/Å", flush=True)
     md = dynamics(folder, sizes, files, workers)
-    print(
-        f"written: {report(folder, scale, rows, md)}, {folder / 'rdf.png'}, {folder / 'stability_augmented'}/stability.png"
-    )
+    print(f"written: {report(folder, scale, rows, md)}, {folder / 'rdf.png'}, {folder}/stability_*/stability.png")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def patch_model_script_utils(module: ModuleType) -> None:
             # with --foundation_model_elements upstream pads elements that the data lacks with zeros
             given = {int(z) for h in bound.get("head_configs") or [] for z in h.atomic_numbers}
             restore_energy_references(model, run.E0s, given or set(run.elements))
-        for plugin in active:
+        for plugin in sorted(active, key=lambda p: p.model_order):
             model = _or_exit(plugin.after_model, run, model)
         run.model = weakref.ref(model)
         return model, output_args

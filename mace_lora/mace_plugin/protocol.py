@@ -20,6 +20,7 @@ __all__ = ["GROUP", "Run", "SettingsError", "TrainPlugin", "current_run", "load_
 
 GROUP = "mace.run_train"
 _OURS = {
+    "autotune": "mace_lora.autotune.mace:AutotunePlugin",
     "lora": "mace_lora.lora.mace:LoraPlugin",
     "multiscale": "mace_lora.multiscale.mace:MultiscalePlugin",
 }
@@ -82,6 +83,11 @@ class TrainPlugin:
     name = "plugin"
     flag, leaves = "--plugin", "its state"  # for messages: what switches it on, what a checkpoint has of it
     order = 0  # plugins with a lower one are called first: what changes the architecture before what adapts it
+
+    @property
+    def model_order(self) -> int:
+        """The same for ``after_model`` alone."""
+        return self.order
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add or change command-line flags."""

@@ -11,7 +11,7 @@ pytest.importorskip("torchpme")
 
 from mace.calculators import MACECalculator
 from models import build_mace
-from test_model import box, evaluate
+from test_multiscale_model import box, evaluate
 
 from mace_lora.multiscale import LongPath, to_multiscale
 

@@ -1,0 +1,105 @@
+"""Hand-over between levels of theory: align energy references and scale, weights untouched."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mace_lora.lora.energies import solve_offsets
+from mace_lora.mace_plugin import evaluation
+from mace_lora.mace_plugin.protocol import Run
+
+__all__ = ["Alignment", "align"]
+
+_FRAMES = 200
+_RATIOS, _CORRELATION = (1 / 3, 3.0), 0.3  # beyond these the levels have nothing in common that a scale could mend
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What was changed.
+
+    Attributes:
+        before, after: root mean square energy residual per atom, meV.
+        offsets: change of the energy references by atomic number, eV.
+        correlation, slope: of quantum against classical forces.
+        scale: what the energy scale was multiplied by; 1 where it was left alone.
+    """
+
+    before: float
+    after: float
+    offsets: dict[int, float]
+    correlation: float
+    slope: float
+    scale: float
+
+
+@torch.no_grad()
+def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) -> Alignment:
+    """Fit scale and energy references of a model from another level of theory to the training frames, in place.
+
+    Args:
+        run: its training frames are the new level's.
+        model: the model that was handed over.
+        refit: shift the energy references by least squares on the residuals (minimum norm); otherwise the residual
+            is only printed, since the references are isolated atoms that were asked for.
+        rescale: multiply the energy scale by the ratio of the root mean square forces, label to model. (The slope
+            would do the same for perfectly correlated levels, and shrink the model where they are not.)
+
+    Returns:
+        what was done; it is logged too.
+    """
+    chosen = evaluation.spread(run.train_dataset, _FRAMES)
+    correlation, slope = _forces(model, run.train_dataset, len(chosen))
+    ratio = slope / correlation if correlation > _CORRELATION else 0.0
+    scale = ratio if rescale and _RATIOS[0] < ratio < _RATIOS[1] else 1.0
+    model.scale_shift.scale.mul_(scale)  # type: ignore[operator, union-attr]
+    table = evaluation.energy_table(model, run.train_dataset, chosen)
+    if not len(table.residual):
+        logging.info("equitune: autotune: no energy labels to align")
+        return Alignment(float("nan"), float("nan"), {}, correlation, slope, scale)
+    residual, atoms = table.residual.copy(), table.counts.sum(1)
+    before = _rms(residual / atoms)
+    energies: Any = model.atomic_energies_fn.atomic_energies  # type: ignore[union-attr]
+    by_head = energies.view(-1, energies.shape[-1])
+    total = np.zeros(table.counts.shape[1])
+    if refit:
+        for head in range(by_head.shape[0]):
+            mine = table.head == head
+            if mine.any():
+                offsets = solve_offsets(table.counts[mine], residual[mine])
+                by_head[head] += torch.as_tensor(offsets).to(by_head)
+                residual[mine] -= table.counts[mine] @ offsets
+                total = offsets
+    after = _rms(residual / atoms)
+    zs = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr, arg-type]
+    logging.info(
+        "equitune: autotune: quantum against classical forces: correlation %.3f, slope %.3f%s", correlation, slope,
+        "" if scale == 1.0 else f"; energy scale multiplied by {scale:.3f}",
+    )  # fmt: skip
+    logging.info(
+        "equitune: autotune: energy residual on %d frames %.2f meV/atom before, %.2f after%s", len(atoms), before,
+        after,        " refitting the energy references" if refit else "; the references are those that were asked for",
+    )  # fmt: skip
+    return Alignment(before, after, dict(zip(zs, total.tolist(), strict=True)), correlation, slope, scale)
+
+
+def _rms(values: np.ndarray) -> float:
+    return 1e3 * float(np.sqrt(np.mean(values**2)))
+
+
+def _forces(model: nn.Module, dataset: Any, frames: int) -> tuple[float, float]:
+    """Correlation and slope of labels against predictions."""
+    batch = evaluation.batch_of(dataset, frames, next(model.parameters()).device)
+    with torch.enable_grad():
+        predicted = evaluation.energy_forces(model, batch)
+    label, mine = batch.forces.reshape(-1).double(), predicted.forces.reshape(-1).double()
+    norms = float(label.norm() * mine.norm())
+    if not norms:
+        return 0.0, 1.0
+    return float(label @ mine) / norms, float(label @ mine) / float(mine @ mine)

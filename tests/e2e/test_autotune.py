@@ -1,0 +1,155 @@
+"""mace_run_train --autotune_train_file: two stages in one command, restarted in either; bad input."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from helpers import BIN, dft_frames, flags, train
+
+TWO_STAGES = {
+    "foundation_model": None, "lora": None, "lora_rank": None, "multiheads_finetuning": None, "E0s": "average",
+    "hidden_irreps": "8x0e+8x1o", "max_ell": 2, "correlation": 2, "r_max": 4.0, "default_dtype": "float64",
+    "max_num_epochs": 3, "autotune_epochs": 4, "seed": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classical(job):
+    """Frames of the quantum set's molecule, rattled, with UFF labels."""
+    pytest.importorskip("rdkit")
+    from mace_lora.augment import label
+
+    frames = []
+    for seed, atoms in enumerate(dft_frames("train", 40)):
+        bare = ase.Atoms(atoms.numbers, positions=atoms.positions)
+        bare.rattle(0.03, seed=seed)
+        frames.append(bare)
+    label(frames, job / "classical.xyz", "uff")
+    return job / "classical.xyz"
+
+
+def load(path):
+    return torch.load(path, weights_only=False, map_location="cpu")
+
+
+def test_both_stages_and_again(job, classical, tmp_path):
+    done = train(job, tmp_path, **TWO_STAGES, autotune_train_file=classical)
+    shown = " ".join(done.stdout.split())
+    assert shown.index("stage one: training on the classical labels") < shown.index("stage two: fine-tuning")
+    found = re.search(r"correlation ([\d.]+), slope ([\d.]+)", shown)
+    assert found and 0.3 < float(found[1]) <= 1.0
+    residual = re.search(r"energy residual on 10 frames ([\d.]+) meV/atom before, ([\d.]+) after refitting", shown)
+    assert residual and float(residual[2]) < 0.1 * float(residual[1])
+    first, second = load(tmp_path / "run_classical.model"), load(tmp_path / "run.model")
+    assert type(first) is type(second)
+    e0s = [m.atomic_energies_fn.atomic_energies.reshape(-1) for m in (first, second)]
+    assert (e0s[0] - e0s[1]).abs().max() > 1.0  # other level of theory
+    stamp = (tmp_path / "run_classical.model").stat().st_mtime_ns
+    again = train(
+        job, tmp_path, **TWO_STAGES | {"max_num_epochs": 5}, autotune_train_file=classical, restart_latest=True
+    )
+    assert "stage one is there" in again.stdout and "Loading checkpoint" in again.stdout
+    assert (tmp_path / "run_classical.model").stat().st_mtime_ns == stamp
+    other = train(
+        job, tmp_path, check=False, **TWO_STAGES | {"autotune_epochs": 9}, autotune_train_file=classical,
+        restart_latest=True,
+    )  # fmt: skip
+    assert "its classical stage was made with other data or settings" in " ".join(other.stdout.split())
+
+
+def test_weights_are_handed_over(job, classical, tmp_path):
+    """At a vanishing learning rate stage two ends with stage one's weights; only E0s and scale are new."""
+    train(job, tmp_path, **TWO_STAGES | {"lr": 1e-30, "max_num_epochs": 1}, autotune_train_file=classical)
+    first, second = load(tmp_path / "run_classical.model"), load(tmp_path / "run.model")
+    theirs = first.state_dict()  # upstream makes the Bessel frequencies trainable on the way
+    for name, value in second.named_parameters():
+        torch.testing.assert_close(value, theirs[name].reshape(value.shape), rtol=0, atol=1e-12)
+    assert float(second.scale_shift.scale) != pytest.approx(float(first.scale_shift.scale), rel=1e-4)
+    kept = train(
+        job, tmp_path / "b", **TWO_STAGES | {"lr": 1e-30, "max_num_epochs": 1, "autotune_rescale": False},
+        autotune_train_file=classical,
+    )  # fmt: skip
+    assert "energy scale multiplied" not in kept.stdout
+    scales = [float(load(tmp_path / "b" / f"{n}.model").scale_shift.scale) for n in ("run", "run_classical")]
+    assert scales[0] == pytest.approx(scales[1])
+
+
+def test_requested_references_are_kept(job, classical, tmp_path):
+    e0s = (job / "e0s.txt").read_text()
+    done = train(
+        job, tmp_path, **TWO_STAGES | {"lr": 1e-30, "max_num_epochs": 1, "E0s": e0s}, autotune_train_file=classical
+    )
+    assert "the references are those that were asked for" in " ".join(done.stdout.split())
+    model = load(tmp_path / "run.model")
+    wanted = eval(e0s)
+    mine = model.atomic_energies_fn.atomic_energies.reshape(-1).tolist()
+    assert mine == pytest.approx([wanted[int(z)] for z in model.atomic_numbers], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "multiscale"])
+def test_with_lora_and_with_a_multiscale_model(job, classical, tmp_path, kind):
+    extra = {"lora": True, "lora_rank": 2} if kind == "lora" else {
+        "model": "MultiScaleMACE", "r_short": 2.5, "num_channels_long": 4,
+    }  # fmt: skip
+    done = train(job, tmp_path, **TWO_STAGES | extra, autotune_train_file=classical)
+    if kind == "lora":
+        assert (tmp_path / "run-adapter" / "adapter_model.safetensors").is_file()
+        assert "energy residual on 10 frames" in done.stdout
+    else:
+        assert {type(load(tmp_path / f"{n}.model")).__name__ for n in ("run", "run_classical")} == {"MultiScaleMACE"}
+
+
+def test_killed_in_either_stage(job, classical, tmp_path):
+    options = TWO_STAGES | {"autotune_epochs": 12, "max_num_epochs": 12, "restart_latest": True}
+    command = [BIN / "mace_run_train", *flags(job, tmp_path, **options, autotune_train_file=classical)]
+
+    def until(condition) -> None:
+        process = subprocess.Popen(
+            [str(a) for a in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        end = time.time() + 240
+        while process.poll() is None and not condition() and time.time() < end:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    checkpoints = tmp_path / "checkpoints"
+    until(lambda: list(checkpoints.glob("classical/run_run-2_epoch-*.pt")))
+    assert not (tmp_path / "run_classical.model").exists()
+    until(lambda: list(checkpoints.glob("run_run-2_epoch-*.pt")))
+    assert (tmp_path / "run_classical.model").exists() and not (tmp_path / "run.model").exists()
+    done = train(job, tmp_path, **options, autotune_train_file=classical)
+    assert "stage one is there" in done.stdout and "Loading checkpoint" in done.stdout
+    assert (tmp_path / "run.model").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"autotune_epochs": 5}, "--autotune_epochs: has no effect without --autotune_train_file"),
+        ({"autotune_train_file": "gone.xyz"}, "--autotune_train_file: no file gone.xyz"),
+        ({"autotune_train_file": "{c}", "foundation_model": "{b}"}, "--foundation_model: autotuning makes its own"),
+        ({"autotune_train_file": "{c}", "autotune_lr": -1.0}, "--autotune_lr: expected more than 0, got -1"),
+        ({"autotune_train_file": "{c}", "autotune_epochs": 0}, "--autotune_epochs: expected more than 0, got 0"),
+        ({"autotune_train_file": "{t}"}, "same geometry and the same energy .* classical labels were given as quantum"),
+        ({"autotune_train_file": "{w}"}, "has no C, N, which --train_file has"),
+    ],
+)
+def test_bad_input(job, classical, tmp_path, changes, message):
+    water = tmp_path / "water.xyz"
+    atoms = ase.Atoms("OH2", positions=[[0, 0, 0], [0.97, 0, 0], [0, 0.97, 0]])
+    atoms.info["REF_energy"], atoms.arrays["REF_forces"] = -3.0, np.zeros((3, 3))
+    ase.io.write(water, atoms)
+    places = {"{c}": classical, "{b}": job / "base.model", "{t}": job / "train.xyz", "{w}": water}
+    options = TWO_STAGES | {"autotune_epochs": None} | {k: places.get(v, v) for k, v in changes.items()}
+    done = train(job, tmp_path / "run", check=False, **options)
+    assert done.returncode != 0
+    assert re.search(message, " ".join(done.stdout.split())), done.stdout[-1500:]
+    assert "Epoch 0" not in done.stdout
