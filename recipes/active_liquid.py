@@ -2,8 +2,9 @@
 
 Purpose:  the data set of the multiscale paper (arXiv 2312.09490) in kind: frames of a packed and annealed liquid,
           clusters of the three molecules (120 atoms) nearest to the centre, a committee of 4, a window of
-          100 to 300 meV/Å, stop below 0.5 % candidates. The committee is four LoRA fine-tunings of the embedded base.
-Command:  python recipes/active_liquid.py --scale laptop
+          100 to 300 meV/Å, stop below 0.5 % candidates. The committee is four LoRA fine-tunings of the embedded base,
+          or with --scratch four small models that start from nothing.
+Command:  python recipes/active_liquid.py --scale laptop [--scratch]
 Cost:     smoke 10 minutes; laptop 1.5 hours on one core; paper: days, give it workers.
 Writes:   active-liquid/: the packed box, the annealed droplet, labelled start frames, config.yaml, one folder per
           round, rounds.png, report.md. Stopped, the same command goes on.
@@ -74,8 +75,20 @@ def start_frames(folder: Path, count: int, molecules: int, workers: int) -> Path
     return labelled
 
 
-def config(folder: Path, sizes: dict[str, int], workers: int) -> Path:
+def config(folder: Path, sizes: dict[str, int], workers: int, scratch: bool) -> Path:
     """What equitune active-learn gets."""
+    if scratch:  # as in the paper: nothing is known before
+        start = {
+            "hidden_irreps": "16x0e+16x1o",
+            "r_max": 4.5,
+            "max_ell": 2,
+            "correlation": 2,
+            "E0s": "average",
+            "lr": 0.01,
+        }
+    else:
+        start = {"foundation_model": "base.model", "multiheads_finetuning": False, "lora": True, "E0s": "estimated"}
+        start |= {"lr": 0.02}
     starts = ase.io.read(folder / "clusters.xyz", ":")
     write(folder / "explore.xyz", [starts[0], starts[-1]])  # hot and cold
     content = {
@@ -83,8 +96,7 @@ def config(folder: Path, sizes: dict[str, int], workers: int) -> Path:
         "window": [100, 300], "per_round": sizes["per_round"], "max_rounds": sizes["rounds"], "workers": workers,
         "stop_below": 0.005, "timeout": 300,
         "train": {
-            "foundation_model": "base.model", "E0s": "estimated", "multiheads_finetuning": False, "lora": True,
-            "lr": 0.02, "batch_size": 5, "valid_batch_size": 5, "max_num_epochs": sizes["epochs"], "ema": True,
+            **start, "batch_size": 5, "valid_batch_size": 5, "max_num_epochs": sizes["epochs"], "ema": True,
             "ema_decay": 0.99, "loss": "weighted", "energy_weight": 1, "forces_weight": 100, "scheduler":
             "ExponentialLR", "lr_scheduler_gamma": round(0.1 ** (1 / sizes["epochs"]), 4), "eval_interval": 1,
             "default_dtype": "float32",
@@ -98,19 +110,21 @@ def config(folder: Path, sizes: dict[str, int], workers: int) -> Path:
     return folder / "config.yaml"
 
 
-def report(folder: Path, scale: str, seconds: float) -> Path:
+def report(folder: Path, scale: str, seconds: float, scratch: bool) -> Path:
     """Rounds as Markdown."""
     import json
 
     rounds = json.loads((folder / "rounds" / "rounds.json").read_text())
+    who = "small models from scratch" if scratch else "LoRA fine-tunings of the embedded base"
     lines = [
         "# Active learning of C12F27N at GFN2-xTB",
         "",
-        f"3-molecule clusters (120 atoms) of an annealed droplet; committee of LoRA fine-tunings of the embedded base; "
+        f"3-molecule clusters (120 atoms) of an annealed droplet; committee of {who}; "
         f"window 100–300 meV/Å; exploration at 280, 500 and 800 K. Scale `{scale}`, {datetime.date.today()}, "
         f"{seconds / 60:.0f} minutes this run, {len(os.sched_getaffinity(0))} cores.",
         "",
-        f"Command: `python recipes/active_liquid.py --scale {scale}`. Errors: first member on the round's new frames "
+        f"Command: `python recipes/active_liquid.py --scale {scale}{' --scratch' * scratch}`. "
+        "Errors: first member on the round's new frames "
         "before they were trained on.",
         "",
         "| round | trained on | explored | in window | above | candidate rate | median deviation (meV/Å) | labelled | "
@@ -133,17 +147,20 @@ def main(
     scale: Annotated[str, typer.Option(help=", ".join(SCALES))] = "smoke",
     folder: Annotated[Path, typer.Option(help="everything is written here")] = Path("active-liquid"),
     workers: Annotated[int, typer.Option(help="processes; one thread each")] = 1,
+    scratch: Annotated[bool, typer.Option(help="a committee of small models from scratch, without the base")] = False,
 ) -> None:
     """Pack, anneal, cut, label, then active learning."""
     if scale not in SCALES:
         raise SystemExit(f"--scale: expected one of {', '.join(SCALES)}, got {scale!r}")
-    sizes, begin = SCALES[scale], time.time()
+    sizes, begin = dict(SCALES[scale]), time.time()
+    if scratch:
+        sizes |= {"start": 4 * sizes["start"], "per_round": 2 * sizes["per_round"], "epochs": 3 * sizes["epochs"] // 2}
     folder.mkdir(parents=True, exist_ok=True)
     start_frames(folder, sizes["start"], sizes["molecules"], workers)
     if not (folder / "base.model").exists():
         subprocess.run([BIN / "equitune", "export-base", folder / "base.model", "--dtype", "float32"], check=True)
-    subprocess.run([BIN / "equitune", "active-learn", config(folder, sizes, workers)], check=True)
-    print(f"written: {report(folder, scale, time.time() - begin)}, {folder / 'rounds' / 'rounds.png'}")
+    subprocess.run([BIN / "equitune", "active-learn", config(folder, sizes, workers, scratch)], check=True)
+    print(f"written: {report(folder, scale, time.time() - begin, scratch)}, {folder / 'rounds' / 'rounds.png'}")
 
 
 if __name__ == "__main__":
