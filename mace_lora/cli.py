@@ -18,6 +18,7 @@ from mace_lora.augment.active_cli import active_learn
 from mace_lora.augment.cli import label
 from mace_lora.augment.sample_cli import app as sample
 from mace_lora.augment.select_cli import app as select
+from mace_lora.autotune.cli import transfer_check
 from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
 from mace_lora.data.cli import check
 from mace_lora.evaluate.cli import evaluate, learning_curve
@@ -227,6 +228,7 @@ def info(
 for command in (evaluate, diff, label, check, stability, rdf):
     app.command()(command)
 app.command("learning-curve")(learning_curve)
+app.command("transfer-check")(transfer_check)
 app.add_typer(sample, name="sample")
 app.add_typer(select, name="select")
 app.command("active-learn")(active_learn)
