@@ -53,7 +53,7 @@ def MultiScaleNequIP(
     num_channels_long: int = 8,
     max_L_long: int = 1,
     num_radial_basis_long: int = 8,
-    radial_hidden_long: int = 16,
+    radial_hidden_long: int = 0,
     multiscale_coupling: str = "sum",
     avg_num_neighbors: float | None = None,
     avg_num_neighbors_short: float | None = None,
