@@ -292,3 +292,21 @@ def test_paths_that_do_not_fit(change, message):
 def test_sizes_that_do_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
         LongPath(**sizes)
+
+
+@pytest.mark.parametrize("coupling", ["sum", "fused"])
+def test_two_heads(coupling):
+    """Each head has energies of its own; the frame's head is used."""
+    torch.manual_seed(2)
+    short = build_mace(r_max=SHORT, heads=("a", "b"))
+    model = to_multiscale(short, LONG, LongPath(num_channels_long=4), coupling=coupling, zero=False)
+    table = tools.AtomicNumberTable(list(ZS))
+    energies = {}
+    for head in ("a", "b"):
+        config = data.config_from_atoms(ethanol(), head_name=head)
+        graph = data.AtomicData.from_config(config, z_table=table, cutoff=LONG, heads=["a", "b"])
+        batch = next(iter(torch_geometric.dataloader.DataLoader([graph], 1, shuffle=False))).to_dict()
+        out = model(batch)
+        energies[head] = float(out["interaction_energy"])
+        torch.testing.assert_close(out["energy_short"] + out["energy_long"], out["interaction_energy"])
+    assert abs(energies["a"] - energies["b"]) > 1e-3
