@@ -69,6 +69,9 @@ def test_evaluated_by_upstreams_command(job, tmp_path):
     for atoms, (energy, force) in zip(frames, expected, strict=True):
         assert atoms.info["MACE_energy"] == pytest.approx(energy, abs=1e-6)
         np.testing.assert_allclose(atoms.arrays["MACE_forces"], force, atol=1e-6)
+    launch([BIN / "mace_create_lammps_model", tmp_path / "run.model", "--format=libtorch"])
+    exported = torch.jit.load(tmp_path / "run.model-lammps.pt")
+    assert float(exported.r_max) == 5.0  # LAMMPS makes its neighbour list by it
 
 
 @pytest.mark.parametrize("coupling", ["sum", "fused"])
