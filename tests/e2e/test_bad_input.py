@@ -43,7 +43,7 @@ def run(job, work, monkeypatch, **changes):
         ({"foundation_filter_elements": "False"}, r"re-initialises the readouts, and --lora would freeze"),
         ({"freeze": 5}, r"--freeze 5: --lora already freezes the base; drop one of the two"),
         ({"enable_cueq": "True"}, r"upstream's conversion drops LoRA layers"),
-        ({"model": "MACELES"}, r"--model MACELES: --lora supports MACE and ScaleShiftMACE"),
+        ({"model": "MACELES"}, r"--model MACELES: --lora supports MACE, ScaleShiftMACE and MultiScaleMACE"),
         ({"train_file": "nowhere.xyz"}, r"--train_file: no file nowhere.xyz"),
         ({"energy_key": "E", "forces_key": "F"}, r"has no energies under --energy_key=E and no forces under"),
         (
