@@ -75,7 +75,7 @@ def start_frames(folder: Path, count: int, molecules: int, workers: int) -> Path
     return labelled
 
 
-def config(folder: Path, sizes: dict[str, int], workers: int, scratch: bool) -> Path:
+def config(folder: Path, sizes: dict[str, int], workers: int, scratch: bool, calibrate: bool) -> Path:
     """What equitune active-learn gets."""
     if scratch:  # as in the paper: nothing is known before
         start = {
@@ -94,7 +94,7 @@ def config(folder: Path, sizes: dict[str, int], workers: int, scratch: bool) -> 
     content = {
         "folder": "rounds", "data": "start.xyz", "label": "gfn2-xtb", "members": sizes["members"],
         "window": [100, 300], "per_round": sizes["per_round"], "max_rounds": sizes["rounds"], "workers": workers,
-        "stop_below": 0.005, "timeout": 300,
+        "stop_below": 0.005, "timeout": 300, "calibrate": calibrate,
         "train": {
             **start, "batch_size": 5, "valid_batch_size": 5, "max_num_epochs": sizes["epochs"], "ema": True,
             "ema_decay": 0.99, "loss": "weighted", "energy_weight": 1, "forces_weight": 100, "scheduler":
@@ -110,7 +110,7 @@ def config(folder: Path, sizes: dict[str, int], workers: int, scratch: bool) -> 
     return folder / "config.yaml"
 
 
-def report(folder: Path, scale: str, seconds: float, scratch: bool) -> Path:
+def report(folder: Path, scale: str, seconds: float, scratch: bool, calibrate: bool) -> Path:
     """Rounds as Markdown."""
     import json
 
@@ -120,6 +120,7 @@ def report(folder: Path, scale: str, seconds: float, scratch: bool) -> Path:
         "# Active learning of C12F27N at GFN2-xTB",
         "",
         f"3-molecule clusters (120 atoms) of an annealed droplet; committee of {who}; "
+        f"deviations {'' if calibrate else 'not '}calibrated on validation frames; "
         f"window 100–300 meV/Å; exploration at 280, 500 and 800 K. Scale `{scale}`, {datetime.date.today()}, "
         f"{seconds / 60:.0f} minutes this run, {len(os.sched_getaffinity(0))} cores.",
         "",
@@ -127,9 +128,10 @@ def report(folder: Path, scale: str, seconds: float, scratch: bool) -> Path:
         "Errors: first member on the round's new frames "
         "before they were trained on.",
         "",
-        "| round | trained on | explored | in window | above | candidate rate | median deviation (meV/Å) | labelled | "
+        "| round | trained on | explored | in window | above | candidate rate | median deviation (meV/Å) | "
+        "error / deviation | labelled | "
         "E MAE (meV/atom) | F MAE (meV/Å) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rounds:
         place = folder / "rounds" / f"round-{r['round']:02d}"
@@ -137,7 +139,9 @@ def report(folder: Path, scale: str, seconds: float, scratch: bool) -> Path:
         errors = " | ".join(f"{r[k]:.2f}" if k in r else "–" for k in ("mae_e", "mae_f"))
         lines.append(
             f"| {r['round']} | {trained} | {r['explored']} | {r['in_window']} | {r['above']} | "
-            f"{100 * r['candidate_rate']:.1f} % | {r['median_deviation']:.0f} | {r['labelled']} | {errors} |"
+            f"{100 * r['candidate_rate']:.1f} % | {r['median_deviation']:.0f} | "
+            f"{r.get('error_over_deviation', float('nan')):.1f} | "
+            f"{r['labelled']} | {errors} |"
         )
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     return folder / "report.md"
@@ -148,6 +152,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="everything is written here")] = Path("active-liquid"),
     workers: Annotated[int, typer.Option(help="processes; one thread each")] = 1,
     scratch: Annotated[bool, typer.Option(help="a committee of small models from scratch, without the base")] = False,
+    calibrate: Annotated[bool, typer.Option(help="deviations by the error on validation frames")] = True,
 ) -> None:
     """Pack, anneal, cut, label, then active learning."""
     if scale not in SCALES:
@@ -159,8 +164,10 @@ def main(
     start_frames(folder, sizes["start"], sizes["molecules"], workers)
     if not (folder / "base.model").exists():
         subprocess.run([BIN / "equitune", "export-base", folder / "base.model", "--dtype", "float32"], check=True)
-    subprocess.run([BIN / "equitune", "active-learn", config(folder, sizes, workers, scratch)], check=True)
-    print(f"written: {report(folder, scale, time.time() - begin, scratch)}, {folder / 'rounds' / 'rounds.png'}")
+    subprocess.run([BIN / "equitune", "active-learn", config(folder, sizes, workers, scratch, calibrate)], check=True)
+    print(
+        f"written: {report(folder, scale, time.time() - begin, scratch, calibrate)}, {folder / 'rounds' / 'rounds.png'}"
+    )
 
 
 if __name__ == "__main__":

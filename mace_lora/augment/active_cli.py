@@ -22,7 +22,8 @@ def active_learn(
     Ends when the candidate rate (explored frames whose largest force deviation is above the window's lower bound)
     falls below stop_below. Stopped at any point, the same command goes on. Writes rounds.json and rounds.png.
     """
-    from .active import read_config, run
+    from .active import run
+    from .active_config import read_config
 
     settings = read_config(config)
     rounds = run(settings, lambda line: console.print(line, highlight=False))

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from ase.build import molecule
 
-from mace_lora.augment.active import _choose, read_config
+from mace_lora.augment.active import _choose
+from mace_lora.augment.active_config import read_config
 
 PROGRAM = Path(sys.executable).parent / "equitune"
 CONFIG = {
@@ -52,6 +53,29 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_overconfident_committees_are_told_and_corrected(folder, monkeypatch):
+    from mace_lora.augment import active
+
+    config = read_config(folder / "config.yaml")
+    place = folder / "run" / "round-00"
+    place.mkdir(parents=True)
+    (place / "calibration.json").write_text('{"frames": 1, "error_over_deviation": 8.0}')
+    for name in ("train", "valid"):
+        (place / f"{name}.xyz").write_text((folder / "labelled.xyz").read_text())
+    ase.io.write(place / "explored.xyz", [molecule("CH3CH2OH")] * 4)
+    (place / "deviation.json").write_text("[5.0, 20.0, 60.0, 90.0]")
+    monkeypatch.setattr(active, "_train", lambda *_: None)
+    config.window, config.stop_below = (100.0, 500.0), 0.9
+    said: list[str] = []
+    plain, _ = active._round(config, 0, place, config.data, said.append)
+    assert (plain["in_window"], plain["above"]) == (0, 0)
+    assert "8.0 times the deviation: the committee is over-confident" in " ".join(said)
+    config.calibrate, said[:] = True, []
+    corrected, _ = active._round(config, 0, place, config.data, said.append)
+    assert (corrected["in_window"], corrected["above"]) == (2, 1)  # 40 | 160, 480 | 720
+    assert not any("over-confident" in s for s in said)
+
+
 def test_two_rounds_with_a_kill_between(folder):
     run = [str(PROGRAM), "active-learn", str(folder / "config.yaml")]
     process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ, cwd="/")
@@ -72,6 +96,7 @@ def test_two_rounds_with_a_kill_between(folder):
         assert r["candidate_rate"] == (r["in_window"] + r["above"]) / 4
         assert 0 < r["labelled"] <= 3
         assert r["mae_f"] > 0
+        assert r["error_over_deviation"] > 0
     counts = [len(ase.io.read(folder / "run" / f"round-0{n}" / "all.xyz", ":")) for n in (0, 1)]
     assert counts == [12 + rounds[0]["labelled"], 12 + rounds[0]["labelled"] + rounds[1]["labelled"]]
     parts = [ase.io.read(folder / "run" / "round-01" / f"{p}.xyz", ":") for p in ("train", "valid")]
