@@ -225,6 +225,23 @@ def info(
     console.print(table)
 
 
+@app.command("nequip-autotune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def nequip_autotune(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML of nequip-train with an autotune key")],
+) -> None:
+    """Classical-to-quantum transfer for NequIP and PaiNN: both stages of nequip-train from one YAML.
+
+    Further arguments are Hydra overrides, e.g. folder=out epochs=100. Stopped, the same command goes on.
+    """
+    from nequip_ext.autotune.driver import run as autotune
+
+    result = autotune(
+        config.parent.resolve(), config.stem, context.args, lambda line: console.print(line, highlight=False)
+    )
+    console.print(f"written: {result}", highlight=False)
+
+
 for command in (evaluate, diff, label, check, stability, rdf):
     app.command()(command)
 app.command("learning-curve")(learning_curve)

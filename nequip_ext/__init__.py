@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Autotuned": "nequip_ext.autotune.builder",
     "LoRA": "nequip_ext.lora.builder",
     "MultiScaleNequIP": "nequip_ext.multiscale.model",
     "MuonParamGroups": "nequip_ext.lora.param_groups",
@@ -20,7 +21,7 @@ _PUBLIC = {
     "TrainedParams": "nequip_ext.lora.param_groups",
 }
 
-__all__ = ["LoRA", "MultiScaleNequIP", "MuonParamGroups", "PaiNN", "SaveAdapter", "TrainedParams"]
+__all__ = ["Autotuned", "LoRA", "MultiScaleNequIP", "MuonParamGroups", "PaiNN", "SaveAdapter", "TrainedParams"]
 
 
 def __getattr__(name: str) -> Any:

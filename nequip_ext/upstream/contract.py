@@ -12,6 +12,7 @@ TESTED = "0.19.1"
 EXPECTED: dict[str, tuple[str, ...]] = {
     "nequip.nn._ghost_exchange_base": ("NoOpGhostExchangeModule",),
     "nequip.model.energy_modules": ("_append_energy_modules",),
+    "nequip.model.modify_utils": ("_ONLY_APPLY_PERSISTENT",),
     "nequip.scripts._workflow_utils": ("get_workflow_state",),
     "nequip.model.saved_models.package": (
         "_cpu_deserialize_always", "_get_package_metadata", "_suppress_package_importer_exporter_warnings",

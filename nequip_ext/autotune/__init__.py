@@ -1,0 +1,1 @@
+"""Classical-to-quantum transfer for NequIP-framework models."""

@@ -1,0 +1,140 @@
+"""equitune nequip-autotune: two stages of nequip-train from one YAML."""
+
+import gzip
+import shutil
+
+import ase
+import ase.io
+import pytest
+
+pytest.importorskip("nequip")
+
+import torch
+from nequip_models import MODELS
+from test_lora_lifecycle import BIN, ROOT, call, close, predict
+
+import nequip_ext
+
+pytestmark = pytest.mark.nequip
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Classical frames (the quantum set's geometries with made-up spring labels) and the two stages, shortened."""
+    folder = tmp_path_factory.mktemp("autotune")
+    with gzip.open(ROOT / "mace_lora" / "embedded" / "glycolamide_pbe0.extxyz.gz", "rt") as handle:
+        frames = ase.io.read(handle, "0:30", format="extxyz")
+    middle = sum(a.positions for a in frames) / len(frames)
+    classical = []
+    for atoms in frames:
+        new = ase.Atoms(atoms.numbers, positions=atoms.positions)
+        off = atoms.positions - middle
+        new.info["REF_energy"], new.arrays["REF_forces"] = float((off**2).sum()), -2 * off
+        classical.append(new)
+    ase.io.write(folder / "classical.xyz", classical, format="extxyz")
+    log = run(folder)
+    (folder / "log").write_text(log)
+    return folder
+
+
+def run(folder, *overrides: str, check: bool = True, out: str = "out") -> str:
+    return call(
+        BIN / "equitune", "nequip-autotune", "recipes/configs/nequip_autotune.yaml", f"folder={folder}/{out}",
+        "epochs=2", f"autotune.frames={folder}/classical.xyz", "autotune.val=5", "autotune.epochs=2",
+        "data.split_dataset.train=20", "data.split_dataset.val=5", "data.split_dataset.test=175", *overrides,
+        check=check,
+    )  # fmt: skip
+
+
+def model_of(checkpoint):
+    from nequip.model.saved_models import load_saved_model
+    from nequip.utils.global_state import set_global_state
+
+    set_global_state()
+    return load_saved_model(str(checkpoint))
+
+
+def test_two_stages(work):
+    log = (work / "log").read_text()
+    assert log.index("stage one: training on") < log.index("stage two: fine-tuning") < log.index("written:")
+    assert "tensors taken over from" in log and "kept of this level of theory" in log
+    first, second = (model_of(work / "out" / p) for p in ("classical/best.ckpt", "best.ckpt"))
+    assert list(first.state_dict()) == list(second.state_dict())
+    norms = [{n: b for n, b in m.named_buffers() if n.endswith("norm_const")} for m in (first, second)]
+    assert norms[0] and all(torch.equal(norms[1][n], b) for n, b in norms[0].items())
+    package = work / "tuned.nequip.zip"
+    call(BIN / "nequip-package", "build", work / "out" / "best.ckpt", package)
+    assert close(predict(package, "block"), predict(work / "out" / "best.ckpt", ""), 1e-4, 1e-2)
+
+
+def test_again_leaves_stage_one_alone_and_continues(work):
+    before = (work / "out" / "classical" / "best.ckpt").stat().st_mtime_ns
+    log = run(work, "epochs=3")
+    assert "stage one is there" in log
+    assert (work / "out" / "classical" / "best.ckpt").stat().st_mtime_ns == before
+    other = run(work, "seed=7", check=False)
+    assert "its stage was made with other settings" in " ".join(other.split())
+
+
+def test_weights_and_levels(work, tmp_path):
+    """Everything but shifts and scales comes from the checkpoint, the neighbour normalisation too."""
+    from nequip.utils.global_state import set_global_state
+
+    set_global_state()
+    inner = {"model_dtype": "float64", **MODELS["nequip"]}
+    plain = nequip_ext.Autotuned(model=inner)
+    names = [n for n, _ in plain.named_parameters()]
+    assert names == [n for n, _ in nequip_ext.Autotuned(model=inner, model_dtype="float64").named_parameters()]
+    first = work / "out" / "classical" / "best.ckpt"
+    with pytest.raises(ValueError, match=r"type_names of the classical stage: expected \['H', 'C', 'O'\], got"):
+        nequip_ext.Autotuned(model=inner, checkpoint=str(first))
+    types = ["H", "C", "N", "O", "F", "S"]
+    changes = {"type_names": types, "per_type_energy_shifts": dict.fromkeys(types, 1.5), "r_max": 5.0}
+    with pytest.raises(ValueError, match="it is of another architecture than 'model'"):
+        nequip_ext.Autotuned(model=inner | changes, checkpoint=str(first))
+    with pytest.raises(ValueError, match=r"r_max of the classical stage: expected 4\.0, got 5\.0"):
+        nequip_ext.Autotuned(model=inner | changes | {"r_max": 4.0}, checkpoint=str(first))
+    with pytest.raises(FileNotFoundError, match="run the classical stage first"):
+        nequip_ext.Autotuned(model=inner, checkpoint=str(tmp_path / "gone.ckpt"))
+    same = {
+        "_target_": "nequip.model.NequIPGNNModel", "seed": 9, "model_dtype": "float32", "type_names": types,
+        "r_max": 5.0, "num_layers": 3, "l_max": 1, "parity": False, "num_features": 32, "radial_mlp_depth": 1,
+        "radial_mlp_width": 64, "avg_num_neighbors": 3.0, "per_type_energy_shifts": 2.5,
+        "per_type_energy_shifts_trainable": True,
+        "per_type_energy_scales": 0.5,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="avg_num_neighbors: expected the value of the classical stage"):
+        nequip_ext.Autotuned(model=same, checkpoint=str(first))
+    content = torch.load(first, weights_only=False)["hyper_parameters"]["model"]["model"]
+    same["avg_num_neighbors"] = content["avg_num_neighbors"]
+    tuned, source = nequip_ext.Autotuned(model=same, checkpoint=str(first)), model_of(first)
+    theirs = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, value in {**dict(tuned.named_parameters()), **dict(tuned.named_buffers())}.items():
+        if name.endswith((".shifts", ".scales")):
+            assert torch.allclose(value, torch.full_like(value, 2.5 if name.endswith("shifts") else 0.5))
+        else:
+            torch.testing.assert_close(value, theirs[name])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("autotune.frames=gone.xyz", "autotune.frames: no file"),
+        ("autotune.val=30", "autotune.val: expected between 1 and 28 of the frames"),
+        ("autotune.epoch=3", "autotune: expected the keys .* unknown: epoch"),
+    ],
+)
+def test_bad_configs(work, override, message):
+    import re
+
+    shown = " ".join(run(work, override, check=False, out="bad").split())
+    assert re.search(message, shown), shown[-800:]
+    assert not (work / "bad").exists()
+
+
+def test_config_without_the_key(tmp_path):
+    shutil.copy(ROOT / "recipes" / "configs" / "nequip_scratch.yaml", tmp_path / "plain.yaml")
+    shown = call(BIN / "equitune", "nequip-autotune", tmp_path / "plain.yaml", check=False)
+    assert "autotune: expected the keys checkpoint, epochs, frames, lr, val; missing" in " ".join(shown.split())
+    shown = call(BIN / "equitune", "nequip-autotune", tmp_path / "gone.yaml", check=False)
+    assert "no file" in shown
