@@ -105,7 +105,7 @@ def train(folder: Path, model: str, data: str, sizes: dict[str, Any], nequip: Pa
 
 def train_nequip(folder: Path, work: Path, model: str, data: str, sizes: dict[str, Any], nequip: Path) -> Path:
     """NequIP rows, in the environment of NequIP."""
-    if not (work / "best.ckpt").is_file():
+    if not (work / "done").is_file():
         print(f"training {model} on {data}", flush=True)
         config = yaml.safe_load((ROOT / "recipes" / "configs" / "nequip_multiscale.yaml").read_text())
         count = len(ase.io.read(folder / f"{data}.xyz", ":"))
@@ -134,7 +134,10 @@ def train_nequip(folder: Path, work: Path, model: str, data: str, sizes: dict[st
         write_text(work / "configs" / "nequip_data.yaml", shared)
         with (work / "output.log").open("a") as log:
             command = [(nequip / "nequip-train").resolve(), "-cd", (work / "configs").resolve(), "-cn", "run"]
+            if (work / "last.ckpt").is_file():
+                command.append(f"++ckpt_path={(work / 'last.ckpt').resolve()}")
             subprocess.run(command, check=True, stdout=log, stderr=log, env=one_thread(), cwd=ROOT)
+        write_text(work / "done", "")
     return work / "best.ckpt"
 
 

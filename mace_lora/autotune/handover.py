@@ -16,7 +16,7 @@ from mace_lora.mace_plugin.protocol import Run
 
 __all__ = ["Alignment", "align"]
 
-_FRAMES = 200
+_FRAMES = 100
 _RATIOS, _CORRELATION = (1 / 3, 3.0), 0.3  # beyond these the levels have nothing in common that a scale could mend
 
 
@@ -55,7 +55,7 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
         what was done; it is logged too.
     """
     chosen = evaluation.spread(run.train_dataset, _FRAMES)
-    correlation, slope = _forces(model, run.train_dataset, len(chosen))
+    correlation, slope = _forces(model, [run.train_dataset[i] for i in chosen])
     ratio = slope / correlation if correlation > _CORRELATION else 0.0
     scale = ratio if rescale and _RATIOS[0] < ratio < _RATIOS[1] else 1.0
     model.scale_shift.scale.mul_(scale)  # type: ignore[operator, union-attr]
@@ -93,12 +93,16 @@ def _rms(values: np.ndarray) -> float:
     return 1e3 * float(np.sqrt(np.mean(values**2)))
 
 
-def _forces(model: nn.Module, dataset: Any, frames: int) -> tuple[float, float]:
-    """Correlation and slope of labels against predictions."""
-    batch = evaluation.batch_of(dataset, frames, next(model.parameters()).device)
-    with torch.enable_grad():
-        predicted = evaluation.energy_forces(model, batch)
-    label, mine = batch.forces.reshape(-1).double(), predicted.forces.reshape(-1).double()
+def _forces(model: nn.Module, frames: list[Any]) -> tuple[float, float]:
+    """Correlation and slope of labels against predictions, a frame at a time."""
+    labels, predictions = [], []
+    device = next(model.parameters()).device
+    for frame in frames:
+        batch = evaluation.batch_of([frame], 1, device)
+        with torch.enable_grad():
+            predictions.append(evaluation.energy_forces(model, batch).forces.reshape(-1).double())
+        labels.append(batch.forces.reshape(-1).double())
+    label, mine = torch.cat(labels), torch.cat(predictions)
     norms = float(label.norm() * mine.norm())
     if not norms:
         return 0.0, 1.0

@@ -16,12 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ase
 import ase.io
 import numpy as np
+import torch
 from torch import nn
 
 from mace_lora.atomic import write_text
-from mace_lora.mace_plugin import labels
+from mace_lora.lora.mace_args import refuse_unused
+from mace_lora.mace_plugin import checkpoints, labels
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
 from .handover import align
@@ -34,6 +37,7 @@ _OPTIONS = ("autotune_valid_file", "autotune_epochs", "autotune_lr", "autotune_E
 _QUANTUM_ONLY = {
     "lora": False, "freeze": None, "test_file": None, "multiheads_finetuning": False, "swa": False,
     "multiscale_freeze_short": None, "foundation_model_elements": False, "eval_interval": None,
+    "start_swa": None,
 }  # fmt: skip
 
 
@@ -54,7 +58,9 @@ class AutotunePlugin(TrainPlugin):
             "pre-train on many classical labels, then fine-tune on --train_file, in one command",
         )
         group.add_argument("--autotune_train_file", help="frames with classical labels, under the same keys")
-        group.add_argument("--autotune_valid_file", help="classical validation frames (default: 5 % of the others)")
+        group.add_argument(
+            "--autotune_valid_file", help="classical validation frames (default: a twentieth of the others)"
+        )
         group.add_argument("--autotune_epochs", type=int, help="of the classical stage (default --max_num_epochs)")
         group.add_argument("--autotune_lr", type=float, help="learning rate of the classical stage (default 0.01)")
         group.add_argument("--autotune_E0s", help="energy references of the classical labels (default average)")
@@ -76,11 +82,20 @@ class AutotunePlugin(TrainPlugin):
                 )
             return
         if os.environ.get(STAGE) == "classical":
+            run.state["tag"] = run.tag  # upstream has named its files already
             _become_classical(args)
             return
         _refuse(args)
-        check_levels(Path(args.autotune_train_file), Path(args.train_file), args)
+        few = check_levels(Path(args.autotune_train_file), Path(args.train_file), args)
         run.state["autotune"] = True
+        run.state["autotune_isolated"] = any(a.info.get("config_type") == "IsolatedAtom" for a in few)
+        if args.E0s is None and not run.state["autotune_isolated"]:
+            raise SettingsError(
+                "--E0s: expected the energy references of the quantum labels: average, estimated, isolated-atom "
+                "energies or IsolatedAtom frames in --train_file"
+            )
+        refuse_unused(args)  # before hours of stage one
+        checkpoints.check_restart(run)
         model = _classical_stage(args)
         args.foundation_model = str(model)
         args.multiheads_finetuning = bool(args.multiheads_finetuning and args.pt_train_file)
@@ -89,7 +104,10 @@ class AutotunePlugin(TrainPlugin):
 
     def after_model(self, run: Run, model: nn.Module) -> nn.Module:
         if run.state.get("autotune"):
-            align(run, model, refit=run.args.E0s in (None, "average", "estimated"), rescale=run.args.autotune_rescale)
+            model = model.to(torch.device(run.args.device))  # upstream leaves buffers behind on the CPU
+            fitted = run.args.E0s in ("average", "estimated") and not run.state["autotune_isolated"]
+            # an adapter is put on the classical model as its file has it, so the scale must stay
+            align(run, model, refit=fitted, rescale=run.args.autotune_rescale and not run.args.lora)
         return model
 
 
@@ -154,8 +172,8 @@ def _classical_stage(args: argparse.Namespace) -> Path:
     record.parent.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps(wanted) + "\n")
     _say(f"stage one: training on the classical labels of {args.autotune_train_file}")
-    program = Path(sys.executable).parent / "mace_run_train"
-    done = subprocess.run([program, *sys.argv[1:]], env=os.environ | {STAGE: "classical"}, check=False)
+    program = [sys.executable, "-c", "from mace_lora.cli import main; main()", "run", "mace_run_train"]
+    done = subprocess.run([*program, *sys.argv[1:]], env=os.environ | {STAGE: "classical"}, check=False)
     if done.returncode or not model.is_file():
         raise SettingsError(
             "--autotune_train_file: the classical stage failed (its messages are above); the same command continues it"
@@ -182,10 +200,15 @@ def _fingerprint(args: argparse.Namespace) -> dict[str, Any]:
         "num_radial_basis",
         "seed",
     )
+    more = (
+        "loss", "energy_weight", "forces_weight", "energy_key", "forces_key", "batch_size", "radial_MLP", "MLP_irreps",
+        "interaction", "interaction_first", "num_cutoff_basis", "pair_repulsion", "distance_transform", "radial_type",
+        "default_dtype", "autotune_E0s", "autotune_valid_file", "ema", "scheduler",
+    )  # fmt: skip
     return {
         "file": digest, "epochs": args.autotune_epochs or args.max_num_epochs, "lr": args.autotune_lr,
         "seed": args.seed,
-        **{name: str(getattr(args, name)) for name in (*shape, *_multiscale_sizes(args))},
+        **{name: str(getattr(args, name)) for name in (*shape, *more, *_multiscale_sizes(args))},
     }  # fmt: skip
 
 
@@ -195,8 +218,11 @@ def _multiscale_sizes(args: argparse.Namespace) -> list[str]:
     return [n for n in (*names, "r_short", "multiscale_coupling", "long_range", "pme_smearing") if hasattr(args, n)]
 
 
-def check_levels(classical: Path, quantum: Path, args: argparse.Namespace) -> None:
+def check_levels(classical: Path, quantum: Path, args: argparse.Namespace) -> list[ase.Atoms]:
     """The two files must be what they are said to be.
+
+    Returns:
+        the quantum frames.
 
     Raises:
         SettingsError: the quantum file has elements that the classical one lacks, or the labels of equal frames are
@@ -221,6 +247,7 @@ def check_levels(classical: Path, quantum: Path, args: argparse.Namespace) -> No
                 f"({float(pair[0]):.6f} eV) as one of {classical}: classical labels were given as quantum ones, or the "
                 "files were mixed up"
             )
+    return few
 
 
 def _place(atoms: ase.Atoms) -> bytes:

@@ -74,8 +74,11 @@ def learning_curve(
     table = Table("model", "labels", "seeds", "E MAE (meV/atom)", "F MAE (meV/Å)")
     for name, rows in curves.items():
         for count in sorted(rows):
-            values = [median(c["errors"][k] for c in rows[count]) for k in ("mae_e", "mae_f")]
-            table.add_row(name, str(count), str(len(rows[count])), *(f"{v:.2f}" for v in values))
+            cells = []
+            for key in ("mae_e", "mae_f"):
+                known = [c["errors"][key] for c in rows[count] if c["errors"][key] is not None]
+                cells.append(f"{median(known):.2f}" if known else "–")
+            table.add_row(name, str(count), str(len(rows[count])), *cells)
     console.print(table)
     data_curve(curves, output)
     console.print(f"written: {output}", highlight=False)
@@ -93,8 +96,8 @@ def _potential(model: str, adapter: Path | None, head: str | None, device: str, 
     if ":" in model and not path.exists():
         from mace_lora.augment.labelers import open_labeler
 
-        if adapter is not None or head is not None:
-            raise ValueError(f"--adapter, --head: {model} is a potential by name; leave the options out")
+        if adapter is not None or head is not None or (device, dtype) != ("cpu", "float64"):
+            raise ValueError(f"--adapter, --head, --device, --dtype: {model} is a potential by name; leave them out")
         return open_labeler(model)
     loaded = model_from(path, adapter)
     return _nequip(loaded, head, device) if is_nequip_file(path) else _calculator(loaded, head, device, dtype)

@@ -57,8 +57,12 @@ def data_curve(curves: dict[str, dict[int, list[dict[str, Any]]]], path: str | o
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     for axis, (key, label) in zip(figure.subplots(1, 2), _KEYS.items(), strict=True):
-        for name, points in curves.items():
-            counts = sorted(points)
+        for name, every in curves.items():
+            # an evaluation without labels of a kind has no error of that kind
+            points = {n: [c for c in every[n] if c["errors"][key] is not None] for n in every}
+            counts = sorted(n for n in points if points[n])
+            if not counts:
+                continue
             middle = [float(np.median([c["errors"][key] for c in points[n]])) for n in counts]
             ranges = [_range(points[n], key) for n in counts]
             bars = np.array([[m - low, high - m] for m, (low, high) in zip(middle, ranges, strict=True)]).T

@@ -8,7 +8,7 @@ from typing import Any
 import ase
 import numpy as np
 from ase.data import atomic_numbers
-from ase.geometry.rdf import get_rdf
+from ase.neighborlist import neighbor_list
 from numpy.typing import NDArray
 
 __all__ = ["radial_distribution", "rdf_distance"]
@@ -44,17 +44,18 @@ def radial_distribution(
         if z not in frames[0].numbers:
             known = ", ".join(sorted(set(frames[0].get_chemical_symbols())))
             raise ValueError(f"pair: expected elements of {known}, got {symbol!r}")
-    sphere = 4 / 3 * np.pi * r_max**3
+    edges = np.linspace(0.0, r_max, bins + 1)
+    shells = 4 / 3 * np.pi * np.diff(edges**3)
     each: list[Any] = []
     for n, atoms in enumerate(frames):
         if atoms.pbc.all() and r_max > 0.5 * _width(atoms):
             raise ValueError(f"r_max: expected at most {0.5 * _width(atoms):.2f} Å, half the box of frame {n}")
-        if not atoms.pbc.all():
-            atoms = atoms.copy()
-            atoms.set_cell([2 * np.ptp(atoms.positions, axis=0).max() + 4 * r_max] * 3)
-            atoms.pbc = False
-        volume = atoms.get_volume() if atoms.pbc.all() else sphere
-        each.append(get_rdf(atoms, r_max, bins, elements=tuple(numbers), volume=volume)[0])
+        volume = atoms.get_volume() if atoms.pbc.all() else 4 / 3 * np.pi * r_max**3
+        first, second = (atoms.numbers == z for z in numbers)
+        i, j, d = neighbor_list("ijd", atoms, r_max)
+        count = np.histogram(d[first[i] & second[j]], edges)[0]
+        others = second.sum() - (numbers[0] == numbers[1])  # an atom is no neighbour of itself
+        each.append(count * volume / (shells * first.sum() * max(1, others)))
     g: Floats = np.array(each)
     r = np.asarray((np.arange(bins) + 0.5) * (r_max / bins), float)
     parts: list[Any] = [part.mean(axis=0) for part in np.array_split(g, min(blocks, len(g)))]

@@ -150,7 +150,8 @@ def patch_lora(module: ModuleType) -> None:
 
     @_wrap(module, "inject_LoRAs")
     def inject(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        if run_training(model) is not None:
+        run = run_training(model)
+        if run is not None and any(p.name == "lora" for p in run.active()):
             return model
         injected: nn.Module = original(model, *args, **kwargs)
         return injected

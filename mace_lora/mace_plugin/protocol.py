@@ -66,7 +66,7 @@ class Run:
     @property
     def tag(self) -> str:
         """Upstream's name of the run in file names."""
-        return f"{self.args.name}_run-{self.args.seed}"
+        return str(self.state.get("tag") or f"{self.args.name}_run-{self.args.seed}")
 
     @property
     def checkpoints_dir(self) -> Path:

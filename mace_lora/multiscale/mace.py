@@ -90,6 +90,11 @@ class MultiscalePlugin(TrainPlugin):
             if short is None and args.foundation_model is None:
                 raise SettingsError(f"--r_short: --model={MODEL} needs the short cutoff in Å, smaller than --r_max")
             run.state["r_long"] = args.r_max
+            if args.lora_init_adapter is not None:
+                raise SettingsError(
+                    "--lora_init_adapter: it would leave the new long path untrained; start the adapter anew, or give "
+                    f"a {MODEL} as --foundation_model"
+                )
         if short is not None:
             _check_cutoffs(short, run.state["r_long"])
 
@@ -206,6 +211,8 @@ def _refuse_conflicts(args: argparse.Namespace) -> None:
             _calculator(args.r_max, args.r_max / 6 if args.pme_smearing is None else args.pme_smearing)
         except ValueError as err:
             raise SettingsError(f"--long_range=pme: {err}") from err
+    if args.lora and args.lora_backend == "mace":
+        raise SettingsError(f"--lora_backend=mace: it knows stock models only, not {MODEL}; leave it out")
     if args.multiscale_freeze_short and args.foundation_model is None:
         raise SettingsError("--multiscale_freeze_short: it would freeze random weights; give --foundation_model")
     if args.multiscale_freeze_short and args.lora:
@@ -224,7 +231,12 @@ def _read_foundation(args: argparse.Namespace) -> Any:
 
 
 def _check_against_multiscale(model: Any, given: list[str]) -> None:
-    """A multiscale foundation brings its own sizes."""
+    """A multiscale foundation brings its own sizes, and one head."""
+    if len(model.heads) > 1:
+        raise SettingsError(
+            f"--foundation_model: it is a {MODEL} with the heads {', '.join(model.heads)}; upstream takes heads apart "
+            "of stock models only; train a model with one head"
+        )
     wrong = [f for f in given if f not in ("multiscale_freeze_short", "r_short")]
     if wrong:
         raise SettingsError(f"--{wrong[0]}: the foundation model is a {MODEL} and brings its own; leave the flag out")

@@ -56,6 +56,7 @@ class MultiScaleMACE(ScaleShiftMACE):
         self.fused = coupling == "fused"
         if self.fused:
             self.readouts = fused_readouts(short, long)
+            long.readouts.requires_grad_(False)  # unused
 
     def forward(
         self,
@@ -235,6 +236,10 @@ def check_paths(short: ScaleShiftMACE, long: ScaleShiftMACE, coupling: str) -> N
     ):
         if a != b:
             raise ValueError(f"{what}: expected the same in both paths, got {a} (short) and {b} (long)")
+    if coupling == "fused" and not all(
+        isinstance(r, LinearReadoutBlock | NonLinearReadoutBlock) for r in short.readouts
+    ):
+        raise ValueError("coupling: this model's readouts cannot be fused; expected sum, got 'fused'")
     if hasattr(short, "joint_embedding"):
         raise ValueError("embedding_specs: MultiScaleMACE has no extra embeddings; leave --embedding_specs out")
 

@@ -14,6 +14,7 @@ __all__ = ["LONG_ENERGY", "LONG_FEATURES", "AddLongEnergy", "AllEdges", "JoinFea
 LONG_FEATURES = "multiscale_long_features"
 LONG_ENERGY = "multiscale_long_energy"
 _INDEX, _VECTORS, _LENGTHS = "multiscale_edge_index", "multiscale_edge_vectors", "multiscale_edge_lengths"
+_NORMED = "multiscale_normed_lengths"
 
 
 class ShortEdges(GraphModuleMixin, torch.nn.Module):
@@ -41,6 +42,7 @@ class ShortEdges(GraphModuleMixin, torch.nn.Module):
         index, vectors = data[AtomicDataDict.EDGE_INDEX_KEY], data[AtomicDataDict.EDGE_VECTORS_KEY]
         lengths = data[AtomicDataDict.EDGE_LENGTH_KEY]
         data[_INDEX], data[_VECTORS], data[_LENGTHS] = index, vectors, lengths
+        data[_NORMED] = data[AtomicDataDict.NORM_LENGTH_KEY]
         inner = torch.nonzero(lengths.view(-1) < self.r_short).view(-1)
         data[AtomicDataDict.EDGE_INDEX_KEY] = torch.index_select(index, 1, inner)
         data[AtomicDataDict.EDGE_VECTORS_KEY] = torch.index_select(vectors, 0, inner)
@@ -62,10 +64,8 @@ class AllEdges(GraphModuleMixin, torch.nn.Module):
         data[AtomicDataDict.EDGE_INDEX_KEY] = data.pop(_INDEX)
         data[AtomicDataDict.EDGE_VECTORS_KEY] = data.pop(_VECTORS)
         data[AtomicDataDict.EDGE_LENGTH_KEY] = data.pop(_LENGTHS)
-        for key in (
-            AtomicDataDict.EDGE_ATTRS_KEY, AtomicDataDict.EDGE_EMBEDDING_KEY, AtomicDataDict.EDGE_CUTOFF_KEY,
-            AtomicDataDict.NORM_LENGTH_KEY,
-        ):  # fmt: skip
+        data[AtomicDataDict.NORM_LENGTH_KEY] = data.pop(_NORMED)
+        for key in (AtomicDataDict.EDGE_ATTRS_KEY, AtomicDataDict.EDGE_EMBEDDING_KEY, AtomicDataDict.EDGE_CUTOFF_KEY):
             if key in data:
                 data.pop(key)
         return data

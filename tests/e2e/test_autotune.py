@@ -106,7 +106,8 @@ def test_with_lora_and_with_a_multiscale_model(job, classical, tmp_path, kind):
 
 
 def test_killed_in_either_stage(job, classical, tmp_path):
-    options = TWO_STAGES | {"autotune_epochs": 12, "max_num_epochs": 12, "restart_latest": True}
+    options = TWO_STAGES | {"autotune_epochs": 12, "max_num_epochs": 12, "restart_latest": True, "ema": True}
+    options |= {"swa": True, "start_swa": 6}
     command = [BIN / "mace_run_train", *flags(job, tmp_path, **options, autotune_train_file=classical)]
 
     def until(condition) -> None:
@@ -137,6 +138,8 @@ def test_killed_in_either_stage(job, classical, tmp_path):
         ({"autotune_train_file": "gone.xyz"}, "--autotune_train_file: no file gone.xyz"),
         ({"autotune_train_file": "{c}", "foundation_model": "{b}"}, "--foundation_model: autotuning makes its own"),
         ({"autotune_train_file": "{c}", "autotune_lr": -1.0}, "--autotune_lr: expected more than 0, got -1"),
+        ({"autotune_train_file": "{c}", "E0s": None}, "--E0s: expected the energy references of the quantum labels"),
+        ({"autotune_train_file": "{c}", "lora_rank": 4}, "--lora_rank: has no effect without --lora"),
         ({"autotune_train_file": "{c}", "autotune_epochs": 0}, "--autotune_epochs: expected more than 0, got 0"),
         ({"autotune_train_file": "{t}"}, "same geometry and the same energy .* classical labels were given as quantum"),
         ({"autotune_train_file": "{w}"}, "has no C, N, which --train_file has"),

@@ -42,6 +42,7 @@ def test_mixed_pairs_and_molecules():
     assert np.abs(g[4:] - 1).max() < 0.15
     r, g, error = radial_distribution([molecule("H2O")], ("O", "H"), 3.0, 60)
     assert r[g.argmax()] == pytest.approx(0.97, abs=0.03) and np.isnan(error).all()
+    np.testing.assert_allclose(radial_distribution([molecule("H2O")], ("H", "O"), 3.0, 60)[1], g)
 
 
 def test_bad_requests():

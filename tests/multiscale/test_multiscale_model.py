@@ -89,6 +89,15 @@ def test_contains_mace_of_the_long_cutoff():
         torch.testing.assert_close(mine[key], theirs[key], rtol=0, atol=1e-12)
 
 
+def test_fused_readouts_leave_nothing_unused():
+    """Parameters without a gradient would stop distributed training."""
+    model = build("fused")
+    evaluate(model, ethanol(), training=True)["forces"].square().sum().backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.numel() and p.grad is None]
+    with pytest.raises(ValueError, match="this model's readouts cannot be fused; expected sum"):
+        to_multiscale(build_mace("nonlinear", r_max=SHORT), LONG, LongPath(num_channels_long=4), coupling="fused")
+
+
 def test_energies_are_split():
     model = build()
     out = evaluate(model, ethanol(), box(1))

@@ -127,6 +127,10 @@ def test_starts_nearly_as_the_short_model_and_learns():
 
 
 def test_bad_input():
+    slab = box()
+    slab.pbc = [True, True, False]
+    with pytest.raises(ValueError, match="expected frames that are periodic in all directions"):
+        energy(build(), slab)
     with pytest.raises(ValueError, match="long_range: expected none or pme, got 'ewald'"):
         to_multiscale(build_mace(r_max=SHORT), LONG, long_range="ewald")
     with pytest.raises(ValueError, match=r"pme_smearing: expected a length above 0 and at most 1.25 Å"):

@@ -96,6 +96,15 @@ def test_short_path_sees_short_edges_only():
     assert 0 < seen["layer0_convnet"] == int((lengths < MODEL["r_short"]).sum()) < len(lengths)
 
 
+def test_with_a_pair_potential():
+    """ZBL gets all edges back, with their normed lengths."""
+    zbl = {"_target_": "nequip.nn.pair_potential.ZBL", "units": "metal", "chemical_species": ["H", "C", "O"]}
+    plain, repulsive = build("multiscale"), build("multiscale", pair_potential=zbl)
+    near = pair(0.5)
+    energies = [float(energy_forces(m, near)[0]) for m in (plain, repulsive)]
+    assert energies[1] > energies[0] + 5
+
+
 def test_lora_on_both_paths():
     from nequip_models import lora, randomise
 
