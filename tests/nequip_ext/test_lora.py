@@ -33,6 +33,7 @@ def test_what_is_adapted(name):
         "nequip": {"o3.Linear", "o3.FullyConnectedTensorProduct", "NequIP MLP", "Bessel basis", "energy references"},
         "allegro": {"NequIP MLP", "Allegro contraction", "energy references"},
         "painn": {"o3.Linear", "NequIP MLP", "energy references"},
+        "multiscale": {"o3.Linear", "o3.FullyConnectedTensorProduct", "NequIP MLP", "energy references"},
     }
     assert kinds == expected[name]
 
