@@ -25,7 +25,7 @@ from .active_config import ActiveLearning
 from .dynamics import sample_md
 from .labelers import open_labeler
 from .labelling import iter_frames, label
-from .selection import committee_deviation, within
+from .selection import committee_deviation, evenly, within
 
 __all__ = ["run"]
 
@@ -105,7 +105,7 @@ def _round(
         )
     deviation = _deviation(place, frames, members) * (max(1.0, ratio) if config.calibrate else 1.0)
     split = within(deviation, *config.window)
-    chosen = _choose(deviation, split.inside, config.per_round)
+    chosen = evenly(deviation, split.inside, config.per_round)
     rate = (len(split.inside) + len(split.above)) / len(frames)
     summary: dict[str, Any] = {
         "round": number, "explored": len(frames), "dropped": _dropped(place),
@@ -205,15 +205,6 @@ def _calibration(place: Path, members: list[str]) -> float:
         ratio = float(np.median(np.array(errors) / np.maximum(deviation, 1e-6)))
         write_text(file, json.dumps({"frames": len(frames), "error_over_deviation": ratio}) + "\n")
     return float(json.loads(file.read_text())["error_over_deviation"])
-
-
-def _choose(deviation: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:
-    """At most ``count`` frames of the window, evenly by deviation."""
-    if len(inside) <= count:
-        return inside
-    order = inside[np.argsort(deviation[inside])]
-    chosen: np.ndarray = np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(int)])
-    return chosen
 
 
 def _errors(place: Path, frames: list[ase.Atoms], member: str) -> dict[str, float]:

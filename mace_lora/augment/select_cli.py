@@ -17,7 +17,7 @@ from mace_lora.atomic import atomic_path
 from mace_lora.console import console
 
 from .labelling import iter_frames
-from .selection import committee_deviation, farthest, features, random_frames, unique, within
+from .selection import committee_deviation, evenly, farthest, features, random_frames, unique, within
 
 __all__ = ["app"]
 
@@ -103,10 +103,7 @@ def committee(
     found = list(iter_frames(frames))
     deviation = 1e3 * committee_deviation(found, members, _bar)
     split = within(deviation, lower, upper)
-    chosen = split.inside
-    if count is not None and len(chosen) > count:
-        order = chosen[np.argsort(deviation[chosen])]
-        chosen = np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(int)])
+    chosen = split.inside if count is None else evenly(deviation, split.inside, count)
     console.print(
         f"largest force deviation: median {np.median(deviation):.1f}, largest {deviation.max():.1f} meV/Å; "
         f"{len(split.below)} frames below, {len(split.inside)} in the window, {len(split.above)} above; "

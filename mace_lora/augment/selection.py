@@ -10,7 +10,7 @@ import ase
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Window", "committee_deviation", "farthest", "features", "random_frames", "unique", "within"]
+__all__ = ["Window", "committee_deviation", "evenly", "farthest", "features", "random_frames", "unique", "within"]
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -162,6 +162,24 @@ class Window:
     def rate(self) -> float:
         """Fraction of the frames inside: the candidate rate of active learning."""
         return len(self.inside) / max(1, len(self.inside) + len(self.below) + len(self.above))
+
+
+def evenly(deviation: Floats, inside: Indices, count: int) -> Indices:
+    """At most ``count`` of the frames ``inside``, evenly by deviation.
+
+    Args:
+        deviation: (frames,) of every frame.
+        inside: (candidates,) indices.
+        count: at most so many.
+
+    Returns:
+        sorted indices.
+    """
+    if len(inside) <= count:
+        return inside
+    order = inside[np.argsort(deviation[inside])]
+    chosen: Indices = np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(int)])
+    return chosen
 
 
 def within(values: Floats, lower: float, upper: float) -> Window:

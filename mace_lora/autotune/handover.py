@@ -48,8 +48,9 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
         model: the model that was handed over.
         refit: shift the energy references by least squares on the residuals (minimum norm); otherwise the residual
             is only printed, since the references are isolated atoms that were asked for.
-        rescale: multiply the energy scale by the ratio of the root mean square forces, label to model. (The slope
-            would do the same for perfectly correlated levels, and shrink the model where they are not.)
+        rescale: in a model of one head, multiply the energy scale by the ratio of the root mean square forces, label
+            to model. (The slope would do the same for perfectly correlated levels, and shrink the model where they
+            are not.)
 
     Returns:
         what was done; it is logged too.
@@ -57,6 +58,7 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
     chosen = evaluation.spread(run.train_dataset, _FRAMES)
     correlation, slope = _forces(model, [run.train_dataset[i] for i in chosen])
     ratio = slope / correlation if correlation > _CORRELATION else 0.0
+    rescale = rescale and len(getattr(model, "heads", [""])) == 1  # replay frames are of the old level
     scale = ratio if rescale and _RATIOS[0] < ratio < _RATIOS[1] else 1.0
     model.scale_shift.scale.mul_(scale)  # type: ignore[operator, union-attr]
     table = evaluation.energy_table(model, run.train_dataset, chosen)
@@ -84,7 +86,7 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
     )  # fmt: skip
     logging.info(
         "equitune: autotune: energy residual on %d frames %.2f meV/atom before, %.2f after%s", len(atoms), before,
-        after,        " refitting the energy references" if refit else "; the references are those that were asked for",
+        after, " refitting the energy references" if refit else "; the references are those that were asked for",
     )  # fmt: skip
     return Alignment(before, after, dict(zip(zs, total.tolist(), strict=True)), correlation, slope, scale)
 

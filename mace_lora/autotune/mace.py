@@ -8,11 +8,8 @@ energy references and scale start anew (T-PaiNN, arXiv 2603.24752).
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +19,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from mace_lora.atomic import write_text
 from mace_lora.lora.mace_args import refuse_unused
 from mace_lora.mace_plugin import checkpoints, labels
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
+from .classical import STAGE, become_classical, classical_stage, multiscale_sizes
 from .handover import align
+from .schedule import Unfreezing, layerwise
 
 __all__ = ["AutotunePlugin"]
 
-STAGE = "EQUITUNE_AUTOTUNE_STAGE"
-_OPTIONS = ("autotune_valid_file", "autotune_epochs", "autotune_lr", "autotune_E0s", "autotune_rescale")
-# of the quantum stage alone: the classical stage is a plain training of the same architecture
-_QUANTUM_ONLY = {
-    "lora": False, "freeze": None, "test_file": None, "multiheads_finetuning": False, "swa": False,
-    "multiscale_freeze_short": None, "foundation_model_elements": False, "eval_interval": None,
-    "start_swa": None,
-}  # fmt: skip
+_OPTIONS = (
+    "autotune_valid_file", "autotune_epochs", "autotune_lr", "autotune_E0s", "autotune_rescale", "autotune_lr_decay",
+    "autotune_unfreeze",
+)  # fmt: skip
 
 
 class AutotunePlugin(TrainPlugin):
@@ -69,6 +63,17 @@ class AutotunePlugin(TrainPlugin):
             help="multiply the energy scale by the ratio of quantum to classical rms forces (default True)",
         )  # fmt: skip
 
+        group.add_argument(
+            "--autotune_lr_decay", type=float,
+            help="factor of the learning rate in stage two from a block to the one below it, readouts on top "
+            "(default 1: all the same)",
+        )  # fmt: skip
+        group.add_argument(
+            "--autotune_unfreeze",
+            type=int,
+            help="epochs of stage two after which one more block learns, from the readouts down (default: all at once)",
+        )
+
     def enabled(self, args: argparse.Namespace) -> bool:
         return args.autotune_train_file is not None
 
@@ -83,7 +88,7 @@ class AutotunePlugin(TrainPlugin):
             return
         if os.environ.get(STAGE) == "classical":
             run.state["tag"] = run.tag  # upstream has named its files already
-            _become_classical(args)
+            become_classical(args)
             return
         _refuse(args)
         few = check_levels(Path(args.autotune_train_file), Path(args.train_file), args)
@@ -96,10 +101,11 @@ class AutotunePlugin(TrainPlugin):
             )
         refuse_unused(args)  # before hours of stage one
         checkpoints.check_restart(run)
-        model = _classical_stage(args)
+        _check_schedule(run)
+        model = classical_stage(args)
         args.foundation_model = str(model)
         args.multiheads_finetuning = bool(args.multiheads_finetuning and args.pt_train_file)
-        for name in _multiscale_sizes(args):
+        for name in multiscale_sizes(args):
             setattr(args, name, None)  # the classical model brings them
 
     def after_model(self, run: Run, model: nn.Module) -> nn.Module:
@@ -109,6 +115,42 @@ class AutotunePlugin(TrainPlugin):
             # an adapter is put on the classical model as its file has it, so the scale must stay
             align(run, model, refit=fitted, rescale=run.args.autotune_rescale and not run.args.lora)
         return model
+
+    def change_groups(self, run: Run, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        decay = run.args.autotune_lr_decay
+        if not run.state.get("autotune") or decay is None:
+            return groups
+        groups = layerwise(model, groups, run.args.lr, decay)
+        rates = ", ".join(f"{rate:.3g}" for rate in sorted({g["lr"] for g in groups}, reverse=True))
+        logging.info("equitune: autotune: learning rates from the readouts down %s", rates)
+        return groups
+
+    def before_epoch(self, run: Run, model: nn.Module, epoch: int) -> None:
+        if not run.state.get("autotune") or run.args.autotune_unfreeze is None:
+            return
+        schedule = run.state.setdefault("unfreezing", None) or Unfreezing(model, run.args.autotune_unfreeze)
+        run.state["unfreezing"] = schedule
+        change = schedule.start(epoch)
+        if change:
+            logging.info("equitune: autotune: epoch %d: %s", epoch, change)
+
+    def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> dict[str, Any]:
+        return _schedule(run.args)
+
+
+def _schedule(args: argparse.Namespace) -> dict[str, Any]:
+    return {"autotune_lr_decay": args.autotune_lr_decay, "autotune_unfreeze": args.autotune_unfreeze}
+
+
+def _check_schedule(run: Run) -> None:
+    """A restart has the parameter groups of its checkpoint."""
+    saved = run.state.get("checkpoint_plugins", {}).get("autotune") or {}
+    for name, value in _schedule(run.args).items():
+        if name in saved and saved[name] != value:
+            raise SettingsError(
+                f"--{name}: expected {saved[name]} as in the checkpoint that is continued, got {value}; give it again, "
+                "or choose another --name"
+            )
 
 
 def _refuse(args: argparse.Namespace) -> None:
@@ -131,91 +173,14 @@ def _refuse(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value <= (least - 1 if flag == "autotune_epochs" else 0.0):
             raise SettingsError(f"--{flag}: expected more than 0, got {value}")
+    if args.autotune_lr_decay is not None and not 0 < args.autotune_lr_decay <= 1:
+        raise SettingsError(f"--autotune_lr_decay: expected a factor above 0 and up to 1, got {args.autotune_lr_decay}")
+    if args.autotune_unfreeze is not None and args.autotune_unfreeze < 1:
+        raise SettingsError(f"--autotune_unfreeze: expected at least 1 epoch, got {args.autotune_unfreeze}")
+    if args.autotune_unfreeze is not None and args.lbfgs:
+        raise SettingsError("--autotune_unfreeze: not with --lbfgs, which takes all weights as one")
     if args.autotune_rescale is None:
         args.autotune_rescale = True
-
-
-def _become_classical(args: argparse.Namespace) -> None:
-    """Change the arguments of this process, which runs stage one, to those of the classical training."""
-    args.train_file = args.autotune_train_file
-    args.valid_file = args.autotune_valid_file
-    args.valid_fraction = 0.05
-    args.name = f"{args.name}_classical"
-    for place in ("checkpoints_dir", "results_dir", "log_dir"):  # upstream has named their files already
-        setattr(args, place, str(Path(getattr(args, place)) / "classical"))
-    args.max_num_epochs = args.autotune_epochs or args.max_num_epochs
-    args.lr = 0.01 if args.autotune_lr is None else args.autotune_lr
-    args.E0s = args.autotune_E0s or "average"
-    args.restart_latest = True
-    for name, value in _QUANTUM_ONLY.items():
-        if hasattr(args, name):
-            setattr(args, name, value)
-    args.eval_interval = max(1, args.max_num_epochs // 50)
-    for name in vars(args):
-        if name.startswith("lora_") and name not in ("lora_backend",):
-            setattr(args, name, None)
-
-
-def _classical_stage(args: argparse.Namespace) -> Path:
-    """Run stage one unless its model is there; returns the model's file."""
-    model = Path(args.model_dir) / f"{args.name}_classical.model"
-    record = Path(args.checkpoints_dir) / f"{args.name}_classical.json"
-    wanted = _fingerprint(args)
-    if record.is_file() and json.loads(record.read_text()) != wanted:
-        raise SettingsError(
-            f"--name {args.name}: its classical stage was made with other data or settings ({record}); choose another "
-            "--name or --work_dir, or remove it"
-        )
-    if model.is_file() and record.is_file():
-        _say(f"stage one is there: {model}")
-        return model
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_text(record, json.dumps(wanted) + "\n")
-    _say(f"stage one: training on the classical labels of {args.autotune_train_file}")
-    program = [sys.executable, "-c", "from mace_lora.cli import main; main()", "run", "mace_run_train"]
-    done = subprocess.run([*program, *sys.argv[1:]], env=os.environ | {STAGE: "classical"}, check=False)
-    if done.returncode or not model.is_file():
-        raise SettingsError(
-            "--autotune_train_file: the classical stage failed (its messages are above); the same command continues it"
-        )
-    _say("stage two: fine-tuning on the quantum labels")
-    return model
-
-
-def _say(text: str) -> None:
-    print(f"equitune: autotune: {text}", flush=True)  # upstream's log is not open yet
-
-
-def _fingerprint(args: argparse.Namespace) -> dict[str, Any]:
-    """What stage one depends on."""
-    with Path(args.autotune_train_file).open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    shape = (
-        "model",
-        "hidden_irreps",
-        "r_max",
-        "num_interactions",
-        "correlation",
-        "max_ell",
-        "num_radial_basis",
-        "seed",
-    )
-    more = (
-        "loss", "energy_weight", "forces_weight", "energy_key", "forces_key", "batch_size", "radial_MLP", "MLP_irreps",
-        "interaction", "interaction_first", "num_cutoff_basis", "pair_repulsion", "distance_transform", "radial_type",
-        "default_dtype", "autotune_E0s", "autotune_valid_file", "ema", "scheduler",
-    )  # fmt: skip
-    return {
-        "file": digest, "epochs": args.autotune_epochs or args.max_num_epochs, "lr": args.autotune_lr,
-        "seed": args.seed,
-        **{name: str(getattr(args, name)) for name in (*shape, *more, *_multiscale_sizes(args))},
-    }  # fmt: skip
-
-
-def _multiscale_sizes(args: argparse.Namespace) -> list[str]:
-    """Flags of a multiscale model, which its file brings in stage two."""
-    names = [n for n in vars(args) if n.endswith("_long")]
-    return [n for n in (*names, "r_short", "multiscale_coupling", "long_range", "pme_smearing") if hasattr(args, n)]
 
 
 def check_levels(classical: Path, quantum: Path, args: argparse.Namespace) -> list[ase.Atoms]:
@@ -240,7 +205,7 @@ def check_levels(classical: Path, quantum: Path, args: argparse.Namespace) -> li
     places = {_place(a): a for a in many}
     for index, atoms in enumerate(few):
         twin = places.get(_place(atoms))
-        pair = [labels._label(a, "energy", args.energy_key) for a in (atoms, twin)] if twin is not None else []
+        pair = [labels.label_of(a, "energy", args.energy_key) for a in (atoms, twin)] if twin is not None else []
         if pair and None not in pair and np.isclose(float(pair[0]), float(pair[1]), rtol=0, atol=1e-6):
             raise SettingsError(
                 f"--train_file: frame {index} of {quantum} has the same geometry and the same energy "

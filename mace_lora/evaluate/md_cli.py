@@ -58,6 +58,7 @@ def stability(
     console.print(table)
     survived = sum(r.survived for r in rows)
     console.print(f"{survived} of {len(rows)} trajectories survived {whole:,} steps at {temperature:g} K")
+    _plot_survival([r.steps for r in rows], whole, output / "stability.png")
     if nve:
         found = module.energy_drift(
             starts[0], with_, temperature=temperature, steps=nve, timestep=timestep, seed=seed
@@ -67,7 +68,6 @@ def stability(
             f"NVE: drift {found['drift']:+.3f} meV/atom/ps, fluctuation {found['fluctuation']:.3f} meV/atom "
             f"({nve} steps of {timestep:g} fs from {temperature:g} K)"
         )
-    _plot_survival([r.steps for r in rows], whole, output / "stability.png")
     console.print(f"written: {output / 'stability.json'}, {output / 'stability.png'}", highlight=False)
 
 

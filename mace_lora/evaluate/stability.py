@@ -100,6 +100,8 @@ def stability(
         raise ValueError("starts: expected at least one frame, got none")
     if steps < every or every < 1:
         raise ValueError(f"every: expected between 1 and {steps} steps, got {every}")
+    if replicas < 1:
+        raise ValueError(f"replicas: expected at least 1, got {replicas}")
     if limit <= 0:
         raise ValueError(f"limit: expected a length > 0 in Å, got {limit}")
     folder = Path(folder)
@@ -179,6 +181,9 @@ def energy_drift(
     Returns:
         ``drift`` (slope of a line through the total energy, meV/atom/ps), ``fluctuation`` (standard deviation about
         it, meV/atom), ``time`` (ps) and ``energy`` (meV/atom, from the first).
+
+    Raises:
+        ValueError: too few steps, or an energy that is not finite.
     """
     if steps < 3 * every:
         raise ValueError(f"steps: expected at least {3 * every}, got {steps}")
@@ -191,6 +196,12 @@ def energy_drift(
     dynamics.run(steps)
     time = np.arange(len(energy)) * every * timestep * 1e-3
     values = np.array(energy) - energy[0]
+    if not np.isfinite(values).all():
+        at = int(np.flatnonzero(~np.isfinite(values))[0]) * every
+        raise ValueError(
+            f"NVE dynamics: the energy is not finite at step {at}; take a shorter timestep than "
+            f"{timestep:g} fs, or a sound potential"
+        )
     slope, offset = np.polyfit(time, values, 1)
     return {
         "drift": float(slope), "fluctuation": float((values - slope * time - offset).std()), "time": time.tolist(),

@@ -51,7 +51,11 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
         "prepare_graph": ("data", "compute_virials", "compute_stress", "compute_displacement", "lammps_mliap"),
         "get_atomic_virials_stresses": ("edge_forces", "edge_index", "vectors", "num_atoms", "batch", "cell"),
     },
-    "mace.tools.train": {"train": ("model", "loss_fn", "train_loader"), "valid_err_log": ("valid_loss",)},
+    "mace.tools.train": {
+        "train": ("model", "loss_fn", "train_loader"),
+        "valid_err_log": ("valid_loss",),
+        "train_one_epoch": ("model", "loss_fn", "data_loader", "optimizer", "epoch"),
+    },
     "mace.tools.scripts_utils": {"get_params_options": ("args", "model"), "extract_config_mace_model": ("model",)},
     "mace.tools.model_script_utils": {
         "configure_model": ("args", "train_loader", "atomic_energies", "model_foundation", "heads", "z_table"),

@@ -14,7 +14,7 @@ import numpy as np
 
 from .protocol import SettingsError
 
-__all__ = ["check_files", "data_hashes"]
+__all__ = ["check_files", "data_hashes", "label_of"]
 
 MAX_FORCE = 300.0  # eV/Å: beyond any structure worth training on; Hartree/Bohr mix-ups come earlier
 MAX_ENERGY_PER_ATOM = 2e6  # eV: beyond the all-electron total energy of any element
@@ -85,7 +85,7 @@ def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> tupl
     """Check one frame; returns whether it has an energy and forces."""
     if not np.isfinite(atoms.positions).all():
         raise SettingsError(f"{where}: positions contain NaN or infinity; remove the frame")
-    energy, forces = _label(atoms, "energy", args.energy_key), _label(atoms, "forces", args.forces_key)
+    energy, forces = label_of(atoms, "energy", args.energy_key), label_of(atoms, "forces", args.forces_key)
     if energy is not None:
         value = float(energy)
         if not np.isfinite(value):
@@ -110,7 +110,8 @@ def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> tupl
     return energy is not None, forces is not None
 
 
-def _label(atoms: ase.Atoms, kind: str, key: str) -> Any:
+def label_of(atoms: ase.Atoms, kind: str, key: str) -> Any:
+    """Energy or forces of a frame under a key, as upstream finds them; None without."""
     found = atoms.info.get(key) if kind == "energy" else atoms.arrays.get(key)
     if found is None and key == kind and atoms.calc is not None:
         found = atoms.calc.results.get(kind)

@@ -183,6 +183,8 @@ def patch_scripts_utils(module: ModuleType) -> None:
         replaced = [groups for p in run.active() if (groups := p.optimizer_groups(run, model)) is not None]
         extra = [group for p in run.active() for group in p.extra_groups(run, model)]
         options["params"] = replaced[-1] if replaced else options["params"] + extra
+        for plugin in run.active():
+            options["params"] = plugin.change_groups(run, model, options["params"])
         return options
 
     @_wrap(module, "extract_config_mace_model")
@@ -219,6 +221,13 @@ def patch_train(module: ModuleType) -> None:
                 for plugin in run.active():
                     _or_exit(plugin.after_restart, run, kwargs["model"])
             logging.info("equitune: training %s values", f"{_trained(kwargs['model']):,}")
+        return original(*args, **kwargs)
+
+    @_wrap(module, "train_one_epoch")
+    def train_one_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        run = run_training(kwargs["model"]) if "model" in kwargs else None
+        for plugin in run.active() if run is not None else ():
+            plugin.before_epoch(run, kwargs["model"], int(kwargs["epoch"]))  # type: ignore[arg-type]
         return original(*args, **kwargs)
 
 

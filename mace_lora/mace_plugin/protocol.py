@@ -131,6 +131,13 @@ class TrainPlugin:
         """Parameter groups beside upstream's; not asked for where a plugin replaces them all."""
         return []
 
+    def change_groups(self, run: Run, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Change the parameter groups of all."""
+        return groups
+
+    def before_epoch(self, run: Run, model: nn.Module, epoch: int) -> None:
+        """Called before every epoch, also the first after a restart."""
+
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
         """Called when a best checkpoint is written; returns what to store in it."""
         return {}

@@ -10,7 +10,7 @@ from e3nn import o3
 
 from mace_lora.mace_plugin.model_parts import LinearReadoutBlock, ScaleShiftMACE
 
-from .model import MultiScaleMACE
+from .model import MultiScaleMACE, last_linear
 
 __all__ = ["LongPath", "build_long", "to_multiscale", "zero_long"]
 
@@ -132,5 +132,4 @@ def zero_long(model: MultiScaleMACE) -> None:
     if model.fused:
         return  # fused readouts start with zero weights for the long features
     for readout in model.long.readouts:
-        last = readout.linear if isinstance(readout, LinearReadoutBlock) else readout.linear_2
-        last.weight.zero_()
+        last_linear(readout).weight.zero_()

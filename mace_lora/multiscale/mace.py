@@ -205,10 +205,10 @@ def _refuse_conflicts(args: argparse.Namespace) -> None:
     if args.pme_smearing is not None and args.long_range != "pme":
         raise SettingsError("--pme_smearing: has no effect without --long_range=pme; add it, or drop the flag")
     if args.long_range == "pme":
-        from .pme import _calculator
+        from .pme import pme_calculator
 
         try:
-            _calculator(args.r_max, args.r_max / 6 if args.pme_smearing is None else args.pme_smearing)
+            pme_calculator(args.r_max, args.r_max / 6 if args.pme_smearing is None else args.pme_smearing)
         except ValueError as err:
             raise SettingsError(f"--long_range=pme: {err}") from err
     if args.lora and args.lora_backend == "mace":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Tuple  # noqa: UP035  TorchScript reads these
+from typing import Any, Dict, List, Optional, Tuple  # noqa: UP035  TorchScript reads these
 
 import torch
 from e3nn import o3
@@ -45,10 +45,8 @@ class MultiScaleMACE(ScaleShiftMACE):
     """
 
     def __init__(self, short: ScaleShiftMACE, long: ScaleShiftMACE, coupling: str = "sum") -> None:
-        torch.nn.Module.__init__(self)
         check_paths(short, long, coupling)
-        for name, value in vars(short).items():  # everything that upstream's constructor has set
-            self.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        adopt(self, short)
         self.register_buffer("r_short", short.r_max.clone())
         self.register_buffer("r_max", long.r_max.clone())
         self.long = long
@@ -87,36 +85,9 @@ class MultiScaleMACE(ScaleShiftMACE):
         natoms = graph.interaction_kwargs.lammps_natoms
         local = natoms[0] if graph.is_lammps else -1
 
-        short_feats: List[torch.Tensor] = []  # noqa: UP006
-        node_feats = self.node_embedding(data["node_attrs"])
-        edge_attrs = self.spherical_harmonics(near_vectors)
-        edge_feats, cutoff = self.radial_embedding(near_lengths, data["node_attrs"], near, self.atomic_numbers)
-        for i, (interaction, product) in enumerate(zip(self.interactions, self.products)):  # noqa: B905
-            attrs = data["node_attrs"] if i == 0 or local < 0 else data["node_attrs"][:local]
-            node_feats, sc = interaction(
-                node_attrs=attrs, node_feats=node_feats, edge_attrs=edge_attrs, edge_feats=edge_feats, edge_index=near,
-                cutoff=cutoff, first_layer=(i == 0), lammps_class=graph.interaction_kwargs.lammps_class,
-                lammps_natoms=natoms,
-            )  # fmt: skip
-            attrs = attrs if local < 0 else attrs[:local]
-            node_feats = product(node_feats=node_feats, sc=sc, node_attrs=attrs)
-            short_feats.append(node_feats)
-
-        long_feats: List[torch.Tensor] = []  # noqa: UP006
-        node_feats = self.long.node_embedding(data["node_attrs"])
-        edge_attrs = self.long.spherical_harmonics(vectors)
-        edge_feats, cutoff = self.long.radial_embedding(lengths, data["node_attrs"], edges, self.atomic_numbers)
-        for i, (far_interaction, far_product) in enumerate(zip(self.long.interactions, self.long.products)):  # noqa: B905
-            attrs = data["node_attrs"] if i == 0 or local < 0 else data["node_attrs"][:local]
-            node_feats, sc = far_interaction(
-                node_attrs=attrs, node_feats=node_feats, edge_attrs=edge_attrs, edge_feats=edge_feats,
-                edge_index=edges, cutoff=cutoff, first_layer=(i == 0),
-                lammps_class=graph.interaction_kwargs.lammps_class, lammps_natoms=natoms,
-            )  # fmt: skip
-            attrs = attrs if local < 0 else attrs[:local]
-            node_feats = far_product(node_feats=node_feats, sc=sc, node_attrs=attrs)
-            long_feats.append(node_feats)
-
+        lammps = graph.interaction_kwargs.lammps_class
+        short_feats = self.short_features(data["node_attrs"], near, near_vectors, near_lengths, lammps, natoms)
+        long_feats = self.long_features(data["node_attrs"], edges, vectors, lengths, lammps, natoms)
         short_es, long_es = self.energies(short_feats, long_feats, heads)
         short_e, long_e = short_es[atoms, heads], long_es[atoms, heads]
         if hasattr(self, "pair_repulsion"):
@@ -159,6 +130,56 @@ class MultiScaleMACE(ScaleShiftMACE):
             "node_feats": torch.cat(short_feats, dim=-1),
             "node_feats_long": torch.cat(long_feats, dim=-1),
         }
+
+    def short_features(
+        self,
+        node_attrs: torch.Tensor,
+        edges: torch.Tensor,
+        vectors: torch.Tensor,
+        lengths: torch.Tensor,
+        lammps: Optional[torch.Tensor],  # noqa: UP045
+        natoms: Tuple[int, int],  # noqa: UP006
+    ) -> List[torch.Tensor]:  # noqa: UP006
+        """Node features (atoms, features) after every layer of the short path; edges, Å, within r_short."""
+        feats: List[torch.Tensor] = []  # noqa: UP006
+        node_feats = self.node_embedding(node_attrs)
+        edge_attrs = self.spherical_harmonics(vectors)
+        edge_feats, cutoff = self.radial_embedding(lengths, node_attrs, edges, self.atomic_numbers)
+        local = natoms[0] if lammps is not None else len(node_attrs)
+        for i, (interaction, product) in enumerate(zip(self.interactions, self.products)):  # noqa: B905
+            node_feats, sc = interaction(
+                node_attrs=node_attrs if i == 0 else node_attrs[:local], node_feats=node_feats, edge_attrs=edge_attrs,
+                edge_feats=edge_feats, edge_index=edges, cutoff=cutoff, first_layer=(i == 0), lammps_class=lammps,
+                lammps_natoms=natoms,
+            )  # fmt: skip
+            node_feats = product(node_feats=node_feats, sc=sc, node_attrs=node_attrs[:local])
+            feats.append(node_feats)
+        return feats
+
+    def long_features(
+        self,
+        node_attrs: torch.Tensor,
+        edges: torch.Tensor,
+        vectors: torch.Tensor,
+        lengths: torch.Tensor,
+        lammps: Optional[torch.Tensor],  # noqa: UP045
+        natoms: Tuple[int, int],  # noqa: UP006
+    ) -> List[torch.Tensor]:  # noqa: UP006
+        """The same for the long path (TorchScript cannot be given the modules of a path)."""
+        feats: List[torch.Tensor] = []  # noqa: UP006
+        node_feats = self.long.node_embedding(node_attrs)
+        edge_attrs = self.long.spherical_harmonics(vectors)
+        edge_feats, cutoff = self.long.radial_embedding(lengths, node_attrs, edges, self.atomic_numbers)
+        local = natoms[0] if lammps is not None else len(node_attrs)
+        for i, (interaction, product) in enumerate(zip(self.long.interactions, self.long.products)):  # noqa: B905
+            node_feats, sc = interaction(
+                node_attrs=node_attrs if i == 0 else node_attrs[:local], node_feats=node_feats, edge_attrs=edge_attrs,
+                edge_feats=edge_feats, edge_index=edges, cutoff=cutoff, first_layer=(i == 0), lammps_class=lammps,
+                lammps_natoms=natoms,
+            )  # fmt: skip
+            node_feats = product(node_feats=node_feats, sc=sc, node_attrs=node_attrs[:local])
+            feats.append(node_feats)
+        return feats
 
     def far_energies(
         self,
@@ -204,9 +225,7 @@ class MultiScaleMACE(ScaleShiftMACE):
         if self.fused:
             raise ValueError("short_model: the readouts are fused with the long path; there is no short model in them")
         stock = ScaleShiftMACE.__new__(ScaleShiftMACE)
-        torch.nn.Module.__init__(stock)
-        for name, value in vars(self).items():
-            stock.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        adopt(stock, self)
         del stock.long, stock.__dict__["coupling"], stock.__dict__["fused"]
         stock.r_max = self.r_short.clone()
         del stock._buffers["r_short"]
@@ -246,34 +265,54 @@ def check_paths(short: ScaleShiftMACE, long: ScaleShiftMACE, coupling: str) -> N
 
 def fused_readouts(short: ScaleShiftMACE, long: ScaleShiftMACE) -> torch.nn.ModuleList:
     """Readouts over the features of both paths, with the short path's weights and zeros for the long features."""
-    out = torch.nn.ModuleList()
-    for near, far in zip(short.readouts, long.readouts, strict=True):
-        first = near.linear if isinstance(near, LinearReadoutBlock) else near.linear_1
-        other = far.linear if isinstance(far, LinearReadoutBlock) else far.linear_1
-        irreps_in = o3.Irreps(first.irreps_in) + o3.Irreps(other.irreps_in)  # slots stay apart: short first
-        heads = o3.Irreps(f"{len(short.heads)}x0e")
-        if isinstance(near, LinearReadoutBlock):
-            block = LinearReadoutBlock(irreps_in, heads)
-            copy_short(block.linear, near.linear)
-        else:
-            block = NonLinearReadoutBlock(
-                irreps_in, o3.Irreps(near.hidden_irreps), near.non_linearity.acts[0].f, heads, near.num_heads
-            )
-            copy_short(block.linear_1, near.linear_1)
-            block.linear_2.load_state_dict(near.linear_2.state_dict())
-        out.append(block.to(next(near.parameters()).dtype))
-    return out
+    pairs = zip(short.readouts, long.readouts, strict=True)
+    # slots stay apart: short first
+    return torch.nn.ModuleList(
+        readout_like(near, first_linear(near).irreps_in + first_linear(far).irreps_in) for near, far in pairs
+    )
+
+
+def first_linear(readout: torch.nn.Module) -> o3.Linear:
+    """The layer of a readout that sees the features."""
+    layer: o3.Linear = readout.linear if isinstance(readout, LinearReadoutBlock) else readout.linear_1
+    return layer
+
+
+def last_linear(readout: torch.nn.Module) -> o3.Linear:
+    """The layer of a readout that gives the energies."""
+    layer: o3.Linear = readout.linear if isinstance(readout, LinearReadoutBlock) else readout.linear_2
+    return layer
+
+
+def readout_like(readout: Any, irreps_in: o3.Irreps) -> torch.nn.Module:
+    """The same readout for other features: the weights of common input slots, zero for new ones.
+
+    Args:
+        readout: linear or non-linear readout of MACE.
+        irreps_in: more or fewer slots than the readout's own, the first ones the same.
+    """
+    heads = o3.Irreps(last_linear(readout).irreps_out)
+    if isinstance(readout, LinearReadoutBlock):
+        block = LinearReadoutBlock(irreps_in, heads)
+    else:
+        gate = readout.non_linearity.acts[0].f
+        block = NonLinearReadoutBlock(irreps_in, o3.Irreps(readout.hidden_irreps), gate, heads, readout.num_heads)
+        block.linear_2.load_state_dict(readout.linear_2.state_dict())
+    copy_common(first_linear(block), first_linear(readout))
+    return block.to(next(readout.parameters()))
 
 
 @torch.no_grad()
-def copy_short(wide: o3.Linear, narrow: o3.Linear) -> None:
-    """Give ``wide``, whose first inputs are those of ``narrow``, its values there and zero elsewhere.
+def copy_common(target: o3.Linear, source: o3.Linear) -> None:
+    """Copy the weights of common slots, rescaled as e3nn divides by the number of inputs; the others become zero."""
+    values = {(i.i_in, i.i_out): w * i.path_weight for _, i, w in source.weight_views(yield_instruction=True)}
+    for _, instruction, view in target.weight_views(yield_instruction=True):
+        known = values.get((instruction.i_in, instruction.i_out))
+        view.zero_() if known is None else view.copy_(known / instruction.path_weight)
 
-    e3nn divides by the square root of the number of inputs, so the weights are rescaled.
-    """
-    slots = len(o3.Irreps(narrow.irreps_in))
-    wide.weight.zero_()
-    values = {(i.i_in, i.i_out): w * i.path_weight for _, i, w in narrow.weight_views(yield_instruction=True)}
-    for _, instruction, view in wide.weight_views(yield_instruction=True):
-        if instruction.i_in < slots:
-            view.copy_(values[instruction.i_in, instruction.i_out] / instruction.path_weight)
+
+def adopt(target: torch.nn.Module, source: torch.nn.Module) -> None:
+    """Give a model everything that another one's constructor has set; modules are shared, not copied."""
+    torch.nn.Module.__init__(target)
+    for name, value in vars(source).items():
+        target.__dict__[name] = value.copy() if isinstance(value, dict) else value

@@ -70,7 +70,7 @@ class MultiScaleMACEPME(MultiScaleMACE):
         reference = next(short.parameters())
         self.charges = Charges(features, len(short.atomic_numbers), scale).to(reference)
         self.smearing = float(long.r_max) / 6 if smearing is None else float(smearing)
-        self.coulomb = _calculator(float(long.r_max), self.smearing).to(reference)
+        self.coulomb = pme_calculator(float(long.r_max), self.smearing).to(reference)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the mesh of the last evaluation, which can neither be copied nor saved."""
@@ -79,7 +79,7 @@ class MultiScaleMACEPME(MultiScaleMACE):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.coulomb = _calculator(float(self.r_max), self.smearing).to(self.charges.weight)  # type: ignore[arg-type]
+        self.coulomb = pme_calculator(float(self.r_max), self.smearing).to(self.charges.weight)  # type: ignore[arg-type]
 
     def far_energies(
         self, data: dict[str, torch.Tensor], displacement: torch.Tensor | None, features: torch.Tensor,
@@ -109,7 +109,7 @@ class MultiScaleMACEPME(MultiScaleMACE):
         return torch.cat(out)
 
 
-def _calculator(r_max: float, smearing: float) -> Any:
+def pme_calculator(r_max: float, smearing: float) -> Any:
     try:
         from torchpme import PMECalculator
         from torchpme.potentials import CoulombPotential

@@ -9,9 +9,9 @@ import torch
 from e3nn import o3
 from torch import nn
 
-from mace_lora.mace_plugin.model_parts import LinearReadoutBlock, NonLinearReadoutBlock, ScaleShiftMACE
+from mace_lora.mace_plugin.model_parts import ScaleShiftMACE
 
-from .model import MultiScaleMACE
+from .model import MultiScaleMACE, adopt, readout_like
 
 __all__ = ["attach_long", "stock_paths"]
 
@@ -21,40 +21,14 @@ def stock_paths(model: Any) -> tuple[ScaleShiftMACE, ScaleShiftMACE]:
     if not model.fused:
         return model.short_model(), model.long
     plain = MultiScaleMACE.__new__(MultiScaleMACE)
-    nn.Module.__init__(plain)
-    for name, value in vars(model).items():
-        plain.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    plain.fused, plain.coupling, plain.readouts = False, "sum", _narrow_readouts(model)
+    adopt(plain, model)
+    layers = [len(model.products) - 1] if len(model.readouts) == 1 else range(len(model.readouts))
+    plain.readouts = nn.ModuleList(
+        readout_like(wide, o3.Irreps(model.products[at].linear.irreps_out))
+        for wide, at in zip(model.readouts, layers, strict=True)
+    )
+    plain.fused, plain.coupling = False, "sum"
     return plain.short_model(), model.long
-
-
-def _narrow_readouts(model: Any) -> nn.ModuleList:
-    """Readouts of the short features alone; exact where the long features are zero."""
-    out = nn.ModuleList()
-    heads = o3.Irreps(f"{len(model.heads)}x0e")
-    for index, wide in enumerate(model.readouts):
-        at = len(model.products) - 1 if len(model.readouts) == 1 else index
-        irreps_in = o3.Irreps(model.products[at].linear.irreps_out)
-        if isinstance(wide, LinearReadoutBlock):
-            block = LinearReadoutBlock(irreps_in, heads)
-            pairs = [(block.linear, wide.linear)]
-        else:
-            gate = wide.non_linearity.acts[0].f
-            block = NonLinearReadoutBlock(irreps_in, o3.Irreps(wide.hidden_irreps), gate, heads, wide.num_heads)
-            pairs = [(block.linear_1, wide.linear_1)]
-            block.linear_2.load_state_dict(wide.linear_2.state_dict())
-        for narrow, source in pairs:
-            _copy_first(narrow, source)
-        out.append(block.to(next(wide.parameters()).dtype))
-    return out
-
-
-@torch.no_grad()
-def _copy_first(narrow: o3.Linear, wide: o3.Linear) -> None:
-    """The weights of the first input slots, rescaled as e3nn's normalisation asks."""
-    values = {(i.i_in, i.i_out): w * i.path_weight for _, i, w in wide.weight_views(yield_instruction=True)}
-    for _, instruction, view in narrow.weight_views(yield_instruction=True):
-        view.copy_(values[instruction.i_in, instruction.i_out] / instruction.path_weight)
 
 
 def attach_long(short: Any, source: Any, elements: Sequence[int]) -> MultiScaleMACE:

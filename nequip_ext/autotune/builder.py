@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nequip_ext.lora.builder import _build, _with
+from nequip_ext.lora.builder import build_model, with_keys
 from nequip_ext.upstream.build import is_loading
 
 __all__ = ["Autotuned"]
@@ -38,7 +38,7 @@ def Autotuned(
         FileNotFoundError: no such checkpoint.
         ValueError: its types, cutoff or architecture are others.
     """
-    built = _build(_with(model, model_dtype, compile_mode))
+    built = build_model(with_keys(model, model_dtype, compile_mode))
     if checkpoint is None or is_loading():
         return built
     if not Path(checkpoint).is_file():

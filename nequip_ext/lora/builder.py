@@ -21,7 +21,7 @@ from nequip_ext.upstream.build import is_packaging
 
 from .metadata import base_metadata, check_adapter, restore_energies
 
-__all__ = ["ADAPTER", "LoRA"]
+__all__ = ["ADAPTER", "LoRA", "build_model", "with_keys"]
 
 ADAPTER = "default"
 _LOG = logging.getLogger("equitune")
@@ -69,7 +69,7 @@ def LoRA(
     Raises:
         ValueError: a setting out of range, nothing matches, or the adapter belongs to another base.
     """
-    built = model if isinstance(model, nn.Module) else _build(_with(model, model_dtype, compile_mode))
+    built = model if isinstance(model, nn.Module) else build_model(with_keys(model, model_dtype, compile_mode))
     inner: Any = built
     if isinstance(built, nn.ModuleDict):  # a checkpoint's models by name
         if len(built) != 1:
@@ -109,15 +109,20 @@ def LoRA(
     return built
 
 
-def _with(config: Mapping[str, Any], model_dtype: str | None, compile_mode: str | None) -> dict[str, Any]:
+def with_keys(config: Mapping[str, Any], model_dtype: str | None, compile_mode: str | None) -> dict[str, Any]:
     """The config with these keys set in its innermost model."""
     if isinstance(config.get("model"), Mapping):  # nequip.model.modify
-        return dict(config) | {"model": _with(config["model"], model_dtype, compile_mode)}
+        return dict(config) | {"model": with_keys(config["model"], model_dtype, compile_mode)}
     given = {"model_dtype": model_dtype, "compile_mode": compile_mode}
     return dict(config) | {k: v for k, v in given.items() if v is not None}
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
+def build_model(config: Mapping[str, Any]) -> nn.Module:
+    """The model of a config.
+
+    Raises:
+        ValueError: no ``_target_``, or one that cannot be imported.
+    """
     content = dict(config)
     target = content.pop("_target_", None)
     if target is None:

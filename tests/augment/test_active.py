@@ -14,8 +14,8 @@ import pytest
 import yaml
 from ase.build import molecule
 
-from mace_lora.augment.active import _choose
 from mace_lora.augment.active_config import read_config
+from mace_lora.augment.selection import evenly
 
 PROGRAM = Path(sys.executable).parent / "equitune"
 CONFIG = {
@@ -111,8 +111,8 @@ def test_two_rounds_with_a_kill_between(folder):
 
 def test_even_choice_by_deviation():
     deviation = np.array([10.0, 200.0, 150.0, 120.0, 290.0, 500.0])
-    assert list(_choose(deviation, np.array([1, 2, 3, 4]), 2)) == [3, 4]
-    assert list(_choose(deviation, np.array([1, 2, 3, 4]), 9)) == [1, 2, 3, 4]
+    assert list(evenly(deviation, np.array([1, 2, 3, 4]), 2)) == [3, 4]
+    assert list(evenly(deviation, np.array([1, 2, 3, 4]), 9)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,28 @@ def test_with_lora_and_with_a_multiscale_model(job, classical, tmp_path, kind):
         assert {type(load(tmp_path / f"{n}.model")).__name__ for n in ("run", "run_classical")} == {"MultiScaleMACE"}
 
 
+def test_layerwise_and_gradual(job, classical, tmp_path):
+    """Until its epoch a block keeps the weights of stage one; a restart with another schedule is refused."""
+    options = TWO_STAGES | {"max_num_epochs": 2, "autotune_unfreeze": 2, "autotune_lr_decay": 0.5}
+    done = train(job, tmp_path, **options, autotune_train_file=classical)
+    shown = " ".join(done.stdout.split())
+    assert "autotune: learning rates from the readouts down 0.005, 0.0025, 0.00125, 0.000625" in shown
+    assert "autotune: epoch 0: blocks 0 to 0 of 3 learn" in shown
+    first, second = load(tmp_path / "run_classical.model"), load(tmp_path / "run.model")
+    theirs = first.state_dict()
+    changed = {n for n, a in second.named_parameters() if (a != theirs[n].reshape(a.shape)).any()}
+    assert changed and all(n.startswith("readouts.") for n in changed)
+    other = train(
+        job, tmp_path, check=False, **options | {"autotune_lr_decay": None}, autotune_train_file=classical,
+        restart_latest=True,
+    )  # fmt: skip
+    assert "--autotune_lr_decay: expected 0.5 as in the checkpoint" in " ".join(other.stdout.split())
+    train(job, tmp_path, **options | {"max_num_epochs": 4}, autotune_train_file=classical, restart_latest=True)
+    third = dict(load(tmp_path / "run.model").named_parameters())
+    assert (third["products.1.linear.weight"] != dict(second.named_parameters())["products.1.linear.weight"]).any()
+    assert (third["products.0.linear.weight"] == dict(second.named_parameters())["products.0.linear.weight"]).all()
+
+
 def test_killed_in_either_stage(job, classical, tmp_path):
     options = TWO_STAGES | {"autotune_epochs": 12, "max_num_epochs": 12, "restart_latest": True, "ema": True}
     options |= {"swa": True, "start_swa": 6}
@@ -138,6 +160,15 @@ def test_killed_in_either_stage(job, classical, tmp_path):
         ({"autotune_train_file": "gone.xyz"}, "--autotune_train_file: no file gone.xyz"),
         ({"autotune_train_file": "{c}", "foundation_model": "{b}"}, "--foundation_model: autotuning makes its own"),
         ({"autotune_train_file": "{c}", "autotune_lr": -1.0}, "--autotune_lr: expected more than 0, got -1"),
+        ({"autotune_train_file": "{c}", "autotune_lr_decay": 1.5}, "--autotune_lr_decay: expected a factor above 0"),
+        (
+            {"autotune_train_file": "{c}", "autotune_unfreeze": 0},
+            "--autotune_unfreeze: expected at least 1 epoch, got 0",
+        ),
+        (
+            {"autotune_train_file": "{c}", "autotune_unfreeze": 1, "lbfgs": True},
+            "--autotune_unfreeze: not with --lbfgs",
+        ),
         ({"autotune_train_file": "{c}", "E0s": None}, "--E0s: expected the energy references of the quantum labels"),
         ({"autotune_train_file": "{c}", "lora_rank": 4}, "--lora_rank: has no effect without --lora"),
         ({"autotune_train_file": "{c}", "autotune_epochs": 0}, "--autotune_epochs: expected more than 0, got 0"),

@@ -41,3 +41,16 @@ def unbound(atoms):
 
 def weak(atoms):
     return Weak()
+
+
+class Broken(Springs):
+    """Energy NaN away from the start."""
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        if abs(self.results["forces"]).max() > 0.02:
+            self.results["energy"] = float("nan")
+
+
+def broken(atoms):
+    return Broken(30.0)

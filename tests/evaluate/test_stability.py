@@ -92,6 +92,7 @@ def test_command(tmp_path):
     [
         ({"every": 0}, "every: expected between 1 and 100 steps, got 0"),
         ({"every": 101}, "every: expected between 1 and 100 steps, got 101"),
+        ({"replicas": 0}, "replicas: expected at least 1, got 0"),
         ({"limit": 0.0}, "limit: expected a length > 0 in Å"),
         ({"temperature": -3.0}, "start: expected a number > 0"),
     ],
@@ -108,3 +109,5 @@ def test_bad_starts(tmp_path):
         stability([bulk("Fe")], tmp_path, "emt")
     with pytest.raises(ValueError, match="steps: expected at least 30, got 20"):
         energy_drift(nitrogen(), "potentials:bound", steps=20)
+    with pytest.raises(ValueError, match="NVE dynamics: the energy is not finite at step"):
+        energy_drift(nitrogen(), "potentials:broken", steps=200)
