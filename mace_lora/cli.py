@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import runpy
 import sys
@@ -19,7 +18,7 @@ from mace_lora.augment.cli import label
 from mace_lora.augment.sample_cli import app as sample
 from mace_lora.augment.select_cli import app as select
 from mace_lora.autotune.cli import transfer_check
-from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
+from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from, print_json
 from mace_lora.data.cli import check
 from mace_lora.evaluate.cli import evaluate, learning_curve
 from mace_lora.evaluate.md_cli import rdf, stability
@@ -217,7 +216,7 @@ def info(
     else:
         content = describe_model(model_from(path))
     if as_json:
-        print(json.dumps(content, indent=1, default=str))
+        print_json(content)
         return
     table = Table("", "", show_header=False)
     for key, value in content.items():

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-__all__ = ["MODEL_HELP", "Dtype", "console", "is_nequip_file", "model_from"]
+__all__ = ["MODEL_HELP", "Dtype", "console", "is_nequip_file", "model_from", "print_json"]
 
 Dtype = Literal["float32", "float64"]
 MODEL_HELP = (
     "MACE .model or NequIP .nequip.zip/.ckpt (these run code when read: only from sources you trust), "
     "safetensors + JSON base, or 'embedded'"
 )
+# with --json nothing else goes to standard output, not even what MACE prints when it is imported
+_json_only = "--json" in sys.argv[1:] and Path(sys.argv[0]).stem == "equitune"
+if _json_only:
+    sys.stdout = sys.stderr
 console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def print_json(content: Any) -> None:
+    """What ``--json`` asks for."""
+    print(json.dumps(content, indent=1, default=str), file=sys.__stdout__ if _json_only else sys.stdout)
 
 
 def is_nequip_file(path: Path) -> bool:

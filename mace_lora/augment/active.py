@@ -8,9 +8,6 @@ stopped run goes on where it was.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import ase.io
 import numpy as np
 
 from mace_lora.atomic import atomic_path, write_text
+from mace_lora.mace_plugin import launch
 
 from .active_config import ActiveLearning
 from .dynamics import sample_md
@@ -155,33 +153,19 @@ def _train(config: ActiveLearning, place: Path) -> None:
     todo = [k for k in range(config.members) if not (place / f"member-{k}" / "run.model").is_file()]
     while todo:
         batch, todo = todo[: config.workers], todo[config.workers :]
-        running = []
-        for k in batch:
-            work = place / f"member-{k}"
-            work.mkdir(exist_ok=True)
-            log = (work / "output.log").open("a")
-            running.append((k, subprocess.Popen(_command(config, place, k), stdout=log, stderr=log, env=_one_thread())))
-            log.close()
+        running = [(k, launch.start(_flags(config, place, k), place / f"member-{k}" / "output.log")) for k in batch]
         for k, process in running:
             if process.wait():
                 log_file = place / f"member-{k}" / "output.log"
                 raise ValueError(f"training of member {k} failed; its output is in {log_file}")
 
 
-def _one_thread() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def _command(config: ActiveLearning, place: Path, member: int) -> list[str]:
-    flags: dict[str, Any] = {"default_dtype": "float64", "device": "cpu"} | config.train
-    flags |= {
-        "name": "run", "seed": config.seed + member + 1, "train_file": place / "train.xyz",
-        "valid_file": place / "valid.xyz", "work_dir": place / f"member-{member}", "restart_latest": True,
+def _flags(config: ActiveLearning, place: Path, member: int) -> dict[str, Any]:
+    return {
+        "default_dtype": "float64", "device": "cpu", **config.train, "name": "run", "seed": config.seed + member + 1,
+        "train_file": place / "train.xyz", "valid_file": place / "valid.xyz", "work_dir": place / f"member-{member}",
+        "restart_latest": True,
     }  # fmt: skip
-    command = [str(Path(sys.executable).parent / "mace_run_train")]
-    for name, value in flags.items():
-        command += [f"--{name}"] if value is True else [f"--{name}={value}"]
-    return command
 
 
 def _deviation(place: Path, frames: list[ase.Atoms], members: list[str]) -> np.ndarray:

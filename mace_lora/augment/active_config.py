@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mace_lora.mace_plugin.launch import check_flags
+
 from .dynamics import Schedule
 from .labelers import open_labeler
 
@@ -120,4 +122,5 @@ def read_config(path: Path) -> ActiveLearning:
         if not file.is_file():
             raise FileNotFoundError(f"{path}: no file {file}")
     open_labeler(config.label)
+    check_flags(config.train, f"{path}: train")
     return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mace_lora.console import console
+from mace_lora.console import console, print_json
 
 __all__ = ["transfer_check"]
 
@@ -23,12 +22,17 @@ def transfer_check(
     count: Annotated[int, typer.Option("--count", "-n", help="frames to use at most")] = 200,
     energy_key: Annotated[str, typer.Option(help="energy label (eV) in the frame's info")] = "REF_energy",
     forces_key: Annotated[str, typer.Option(help="force labels (eV/Å) in the frame's arrays")] = "REF_forces",
+    pilot: Annotated[
+        Path | None, typer.Option(help="folder of a small trial: equal models from scratch and pre-trained, minutes")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="processes of the trial's dynamics and labels")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Is classical pre-training (mace_run_train --autotune_train_file) likely to help your data?
 
     Compares a classical potential's forces and energies with the labels of your own frames, overall and by element,
-    in seconds, before anything is labelled or trained.
+    in seconds, before anything is labelled or trained. With --pilot small models are trained on your frames with and
+    without classical pre-training; stopped, the same command goes on.
     """
     import numpy as np
 
@@ -36,6 +40,7 @@ def transfer_check(
     from mace_lora.augment.labelling import iter_frames
 
     from .advice import advice, agreement
+    from .pilot import pilot as run_pilot
 
     if count < 1:
         raise ValueError(f"--count: expected at least 1, got {count}")
@@ -46,8 +51,15 @@ def transfer_check(
         return track(items, description="evaluating", console=Console(stderr=True), transient=True)
 
     result = agreement(found, open_labeler(with_).label, energy_key, forces_key, bar)
+    trial = None
+    if pilot is not None:
+        trial = run_pilot(
+            found, with_, pilot, energy_key=energy_key, forces_key=forces_key, workers=workers,
+            say=lambda line: Console(stderr=True).print(line, highlight=False),
+        )  # fmt: skip
     if as_json:
-        print(json.dumps(asdict(result) | {"advice": advice(result)}, indent=1))
+        more = {} if trial is None else {"pilot": asdict(trial) | {"gain": trial.gain}}
+        print_json(asdict(result) | {"advice": advice(result)} | more)
         return
     table = Table("element", "force correlation", "slope (quantum / classical)")
     for symbol, (correlation, slope) in {"all": (result.correlation, result.slope), **result.elements}.items():
@@ -59,3 +71,6 @@ def transfer_check(
         highlight=False,
     )
     console.print(advice(result), highlight=False)
+    if trial is not None:
+        console.print(trial.text(), highlight=False)
+        console.print(f"written: {pilot}", highlight=False)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mace_lora.console import console
+from mace_lora.console import console, print_json
 
 from .check import check_frames
 
@@ -33,7 +32,7 @@ def check(
 
     findings = check_frames(list(iter_frames(frames)), energy_key, forces_key)
     if as_json:
-        print(json.dumps([asdict(f) for f in findings], indent=1))
+        print_json([asdict(f) for f in findings])
     else:
         for f in findings:
             which = f"; frames {', '.join(map(str, f.frames))}" if f.frames else ""

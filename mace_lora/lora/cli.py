@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from mace_lora.atomic import write_text
-from mace_lora.console import MODEL_HELP, console, model_from
+from mace_lora.console import MODEL_HELP, console, model_from, print_json
 
 __all__ = ["diff", "tune"]
 
@@ -35,7 +35,7 @@ def diff(
     # as training began: elements selected and heads made as in the fine-tuned model
     changes = diff_models(prepare_base(model_from(base), describe_base(after)), after)
     if as_json:
-        print(json.dumps([asdict(c) for c in changes], indent=1))
+        print_json([asdict(c) for c in changes])
         return
     table = Table("module", "irrep", "shape", "|dW|/|W|", "rank of 90 %", "full rank")
     for change in changes[: rows or None]:

@@ -1,0 +1,106 @@
+"""The real ``mace_run_train`` as a process of its own, for commands of ours that train."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["check_flags", "start", "train", "validation_curve"]
+
+
+def start(flags: Mapping[str, Any], log: Path) -> subprocess.Popen[bytes]:
+    """Start a training with one thread.
+
+    Args:
+        flags: names without dashes and values; True for flags that stand alone.
+        log: gets what the command prints, appended.
+    """
+    command = [str(Path(sys.executable).parent / "mace_run_train"), *_words(flags)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        )
+
+
+def _words(flags: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+
+
+def train(flags: Mapping[str, Any], folder: Path) -> Path:
+    """Train in a folder unless its model is there; continues a training that was stopped.
+
+    Args:
+        flags: as for :func:`start`, without name and folder.
+        folder: for the run and its ``output.log``.
+
+    Returns:
+        the model's file.
+
+    Raises:
+        ValueError: the training fails; where its messages are.
+    """
+    model, log = folder / "run.model", folder / "output.log"
+    if model.is_file():
+        return model
+    process = start({**flags, "name": "run", "work_dir": folder, "restart_latest": True}, log)
+    try:
+        code = process.wait()
+    except BaseException:  # Ctrl-C: the training must not go on alone
+        process.terminate()
+        process.wait()
+        raise
+    if code or not model.is_file():
+        raise ValueError(f"training in {folder} failed: {_last_line(log)} (its output is in {log})")
+    return model
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "no output"
+
+
+def check_flags(flags: Mapping[str, Any], where: str) -> None:
+    """Refuse flags that ``mace_run_train`` would refuse, before anything is trained.
+
+    Args:
+        flags: as for :func:`start`; ``--name`` is added.
+        where: for the message.
+
+    Raises:
+        ValueError: an unknown flag or a value of another kind.
+    """
+    from mace.tools.arg_parser import build_default_arg_parser
+
+    from .startup import install
+
+    install()
+    parser = build_default_arg_parser()
+    problem = ""
+
+    def fail(message: str) -> None:
+        nonlocal problem
+        problem = problem or message
+        raise ValueError(message)
+
+    parser.error = fail  # type: ignore[assignment, method-assign]
+    try:
+        parser.parse_args(["--name=run", *_words(flags)])
+    except (ValueError, SystemExit) as err:
+        raise ValueError(f"{where}: {problem or err}") from None
+
+
+def validation_curve(folder: Path) -> list[tuple[int, float, float]]:
+    """(epoch, energy MAE in meV/atom, force MAE in meV/Å) on the validation frames, as upstream logged them."""
+    points = {}
+    for path in sorted((folder / "results").glob("run_run-*_train.txt")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line) if line.endswith("}") else {}
+            if row.get("mode") == "eval" and row.get("epoch") is not None:
+                points[int(row["epoch"])] = (1e3 * row["mae_e_per_atom"], 1e3 * row["mae_f"])
+    return [(epoch, e, f) for epoch, (e, f) in sorted(points.items())]
