@@ -20,6 +20,7 @@ from mace_lora.augment.select_cli import app as select
 from mace_lora.autotune.cli import transfer_check
 from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from, print_json
 from mace_lora.data.cli import check
+from mace_lora.distill.cli import distill
 from mace_lora.evaluate.cli import evaluate, learning_curve
 from mace_lora.evaluate.md_cli import rdf, stability
 from mace_lora.lora.cli import diff, tune
@@ -241,7 +242,7 @@ def nequip_autotune(
     console.print(f"written: {result}", highlight=False)
 
 
-for command in (evaluate, diff, label, check, stability, rdf):
+for command in (evaluate, diff, label, check, stability, rdf, distill):
     app.command()(command)
 app.command("learning-curve")(learning_curve)
 app.command("transfer-check")(transfer_check)

@@ -1,0 +1,1 @@
+"""Two-stage framework: a teacher labels synthetic frames, a student learns from them and is fine-tuned."""

@@ -1,0 +1,263 @@
+"""Settings of ``equitune distill``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import ase.io
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mace_lora.augment import Schedule, open_labeler
+
+__all__ = ["Distillation", "Filter", "Student", "Synthetic", "Teacher", "Training", "read_config"]
+
+_OURS = ("name", "seed", "train_file", "valid_file", "test_file", "work_dir", "restart_latest", "max_num_epochs", "lr")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Teacher(_Strict):
+    """What labels the synthetic frames: ``flags`` of a fine-tuning, or the name of a ``potential``.
+
+    Attributes:
+        flags: of ``mace_run_train`` without dashes, e.g. foundation_model, E0s, lora, lr, max_num_epochs.
+        members: adapters trained with different seeds; two or more make a committee that filters.
+        potential: a labeler used as it is, as for ``equitune label``; nothing is trained then.
+    """
+
+    flags: dict[str, Any] = {}
+    members: int = Field(2, ge=1)
+    potential: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Teacher:
+        if bool(self.flags) == (self.potential is not None):
+            raise ValueError("expected either flags of a fine-tuning or a potential")
+        _none_of_ours({k: v for k, v in self.flags.items() if k not in ("lr", "max_num_epochs")})
+        return self
+
+
+class Synthetic(_Strict):
+    """Frames that the teacher labels. Dynamics with the teacher, and changed copies of the quantum frames.
+
+    Attributes:
+        temperatures: K; pairs [A, B] anneal. None of them: no dynamics.
+        frames, spacing_fs, timestep_fs, friction_per_fs, equilibration_fs: as for ``equitune sample md``.
+        starts: quantum frames that dynamics starts from, evenly chosen.
+        replicas: trajectories of each start and temperature.
+        keep_bonds: drop frames whose bonds are not the start's.
+        rattle, rattle_std: copies of every quantum frame, and standard deviation in Å.
+        strain, strain_largest: copies of every quantum frame (periodic), and bound of a component.
+        stretch, stretch_low, stretch_high: copies with one bond scaled, and bounds of the factor.
+    """
+
+    temperatures: list[float | tuple[float, float]] = [300.0, 600.0]
+    frames: int = Field(250, ge=1)
+    spacing_fs: float = Field(20.0, gt=0)
+    timestep_fs: float = Field(0.5, gt=0)
+    friction_per_fs: float = Field(0.02, gt=0)
+    equilibration_fs: float = Field(500.0, ge=0)
+    starts: int = Field(4, ge=1)
+    replicas: int = Field(1, ge=1)
+    keep_bonds: bool = False
+    rattle: int = Field(0, ge=0)
+    rattle_std: float = Field(0.05, gt=0)
+    strain: int = Field(0, ge=0)
+    strain_largest: float = Field(0.03, gt=0, lt=1)
+    stretch: int = Field(0, ge=0)
+    stretch_low: float = Field(0.85, gt=0)
+    stretch_high: float = Field(2.0, gt=0)
+
+    def schedules(self) -> list[Schedule]:
+        """One schedule for each temperature."""
+        rest = (self.frames, self.spacing_fs, self.timestep_fs, self.friction_per_fs, self.equilibration_fs)
+        pairs = [t if isinstance(t, tuple) else (t, t) for t in self.temperatures]
+        return [Schedule(a, b, *rest) for a, b in pairs]
+
+    @model_validator(mode="after")
+    def _check(self) -> Synthetic:
+        if not (self.temperatures or self.rattle or self.strain or self.stretch):
+            raise ValueError("nothing to make: give temperatures, or copies by rattle, strain or stretch")
+        if self.stretch_low >= self.stretch_high:
+            raise ValueError(f"stretch_low: expected less than stretch_high, got {self.stretch_low}")
+        self.schedules()
+        return self
+
+
+class Filter(_Strict):
+    """Which labelled frames are left out; None turns a filter off.
+
+    Attributes:
+        deviation: largest force deviation of the committee, meV/Å.
+        energy: eV per atom above the lowest quantum training frame of the same composition.
+        force: largest force of an atom, eV/Å.
+        duplicates: distance of the teacher's features below which a frame repeats an earlier one; needs a MACE teacher.
+    """
+
+    deviation: float | None = Field(500.0, gt=0)
+    energy: float | None = Field(None, gt=0)
+    force: float | None = Field(50.0, gt=0)
+    duplicates: float | None = Field(None, ge=0)
+
+
+class Training(_Strict):
+    """One training of the student.
+
+    Attributes:
+        epochs: number of epochs.
+        lrs: learning rates; the best on the validation frames is kept.
+        flags: of ``mace_run_train``, over those of the student, e.g. lora.
+    """
+
+    epochs: int = Field(ge=1)
+    lrs: list[float] = Field([0.01], min_length=1)
+    flags: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if min(self.lrs) <= 0 or len(set(self.lrs)) < len(self.lrs):
+            raise ValueError(f"lrs: expected different numbers > 0, got {self.lrs}")
+        _none_of_ours(self.flags)
+        return self
+
+
+class Student(_Strict):
+    """The model that is made.
+
+    Attributes:
+        flags: of ``mace_run_train``: architecture, batch size, loss and so on.
+        pretrain: on the synthetic frames.
+        finetune: on the quantum frames, from the pre-trained weights.
+        direct: on the quantum frames, from scratch: what the student is compared with. None leaves it out.
+    """
+
+    flags: dict[str, Any]
+    pretrain: Training
+    finetune: Training
+    direct: Training | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Student:
+        _none_of_ours(self.flags)
+        for key in ("foundation_model", "lora"):
+            if key in self.flags:
+                raise ValueError(
+                    f"flags: {key}: the student is a new model; leave it out (finetune.flags may have lora)"
+                )
+        return self
+
+
+class Distillation(_Strict):
+    """Settings of a run; the keys of its YAML file.
+
+    Attributes:
+        folder: everything is written here.
+        train, valid: quantum frames (REF_energy in eV, REF_forces in eV/Å); the teacher and the student see both.
+        test: quantum frames for the report alone.
+        teacher, synthetic, filter, student: the stages.
+        device, dtype: of trainings.
+        workers: processes of dynamics and labels.
+        seed: of everything.
+    """
+
+    folder: Path
+    train: Path
+    valid: Path
+    test: Path
+    teacher: Teacher
+    synthetic: Synthetic = Field(default_factory=lambda: Synthetic.model_validate({}))
+    filter: Filter = Field(default_factory=lambda: Filter.model_validate({}))
+    student: Student
+    device: str = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+    workers: int = Field(1, ge=1)
+    seed: int = 0
+
+
+def _none_of_ours(flags: dict[str, Any]) -> None:
+    ours = [k for k in flags if k in _OURS]
+    if ours:
+        raise ValueError(f"flags: {ours[0]} is set by the command; leave it out")
+
+
+def read_config(path: Path) -> Distillation:
+    """Read and check a YAML file; paths in it are relative to its folder.
+
+    Raises:
+        FileNotFoundError: no such file, or one that it names.
+        ValueError: an unknown key, a wrong value, a flag that ``mace_run_train`` refuses, unsound frames.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        config = Distillation.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "config"
+        raise ValueError(
+            f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r:.80}"
+        ) from err
+    base = path.parent.resolve()
+    for name in ("folder", "train", "valid", "test"):
+        setattr(config, name, base / getattr(config, name))
+    for file in (config.train, config.valid, config.test):
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: no file {file}")
+    for flags in (config.teacher.flags, config.student.flags):
+        _absolute(flags, base)
+    _check_flags(config, path)
+    _check_frames(config, path)
+    return config
+
+
+def _absolute(flags: dict[str, Any], base: Path) -> None:
+    """Files among the flags."""
+    for flag, value in flags.items():
+        if isinstance(value, str) and (base / value).is_file():
+            flags[flag] = str(base / value)
+
+
+def _check_flags(config: Distillation, path: Path) -> None:
+    from mace_lora.mace_plugin.launch import check_flags
+
+    if config.teacher.potential is not None:
+        open_labeler(config.teacher.potential)
+    else:
+        for flag in ("foundation_model", "max_num_epochs", "lr", "E0s"):
+            if flag not in config.teacher.flags:
+                raise ValueError(
+                    f"{path}: teacher.flags: expected {flag}; equitune export-base writes a foundation model"
+                )
+        model = config.teacher.flags["foundation_model"]
+        if "/" in str(model) and not Path(model).is_file():
+            raise FileNotFoundError(f"{path}: teacher.flags.foundation_model: no file {model}")
+        check_flags(config.teacher.flags, f"{path}: teacher.flags")
+    check_flags(config.student.flags, f"{path}: student.flags")
+    for name in ("pretrain", "finetune", "direct"):
+        training = getattr(config.student, name)
+        if training is not None:
+            check_flags(config.student.flags | training.flags, f"{path}: student.{name}.flags")
+
+
+def _check_frames(config: Distillation, path: Path) -> None:
+    """Quantum frames must be sound, and no test frame may be among those that are learnt from."""
+    from mace_lora.data.check import require_sound
+
+    seen: dict[bytes, str] = {}
+    for name in ("train", "valid", "test"):
+        frames = ase.io.read(getattr(config, name), ":")
+        require_sound(frames, say=lambda text, name=name: print(f"{name}: {text}"))  # type: ignore[misc]
+        for index, atoms in enumerate(frames):
+            place = atoms.numbers.tobytes() + atoms.positions.round(5).tobytes()
+            where = f"frame {index} of {name}"
+            if place in seen and not seen[place].endswith(f"of {name}"):
+                raise ValueError(
+                    f"{path}: {where} is also {seen[place]}: labels leak between them; make the parts disjoint"
+                )
+            seen[place] = where
+    if config.synthetic.strain and not all(a.pbc.all() for a in ase.io.read(config.train, ":")):
+        raise ValueError(f"{path}: synthetic.strain: expected periodic training frames")

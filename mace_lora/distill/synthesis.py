@@ -1,0 +1,155 @@
+"""Synthetic frames: made, labelled by the teacher, filtered."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+
+from mace_lora.atomic import atomic_path, write_text
+from mace_lora.augment import committee_deviation, features, keep_sound, label, rattle, sample_md, strain, stretch_bond
+from mace_lora.augment.perturb import bare
+from mace_lora.augment.selection import unique
+
+from .config import Distillation, Filter, Synthetic
+
+__all__ = ["label_frames", "make_frames", "select_frames"]
+
+_HELD = 0.05  # of the synthetic frames, for validation of the pre-training
+_HELD_MOST = 200
+_SAME = 1e-3  # distance of the features of equal frames
+
+
+def make_frames(config: Distillation, teacher: str, place: Path) -> None:
+    """Write ``sampled.xyz``: dynamics with the teacher and changed copies of the quantum training frames."""
+    quantum: list[ase.Atoms] = ase.io.read(config.train, ":")
+    settings, dropped = config.synthetic, Counter[str]()
+    frames: list[ase.Atoms] = []
+    if settings.temperatures:
+        which = np.unique(np.linspace(0, len(quantum) - 1, settings.starts).round().astype(int))
+        trajectories = place / "md.xyz"
+        if not trajectories.exists():
+            lost = sample_md(
+                [bare(quantum[i]) for i in which], trajectories, teacher, settings.schedules(),
+                replicas=settings.replicas, seed=config.seed, workers=config.workers, keep_bonds=settings.keep_bonds,
+            )  # fmt: skip
+            write_text(place / "md_dropped.json", json.dumps(lost) + "\n")
+        frames += ase.io.read(trajectories, ":")
+        if (place / "md_dropped.json").is_file():
+            dropped.update(json.loads((place / "md_dropped.json").read_text()))
+    frames += keep_sound(_changed(quantum, settings, config.seed), dropped=dropped)
+    write_frames(place / "sampled.xyz", [bare(a) for a in frames])
+    write_text(place / "dropped.json", json.dumps(dropped) + "\n")
+
+
+def _changed(quantum: Sequence[ase.Atoms], settings: Synthetic, seed: int) -> Iterator[ase.Atoms]:
+    for index, atoms in enumerate(quantum):
+        for kind, count in enumerate((settings.rattle, settings.strain, settings.stretch)):
+            for copy in range(count):
+                rng = np.random.default_rng([seed, index, kind, copy])
+                if kind == 0:
+                    yield rattle(atoms, settings.rattle_std, rng)
+                elif kind == 1:
+                    yield strain(atoms, settings.strain_largest, rng)
+                else:
+                    yield stretch_bond(atoms, rng, settings.stretch_low, settings.stretch_high)
+
+
+def label_frames(sampled: Path, teacher: str, workers: int, place: Path) -> None:
+    """Write ``labelled.xyz``: the frames with the teacher's energies and forces."""
+    label(sampled, place / "labelled.xyz", teacher, workers=workers)
+
+
+def select_frames(config: Distillation, labelled: Path, committee: Sequence[str], place: Path) -> None:
+    """Write ``synthetic.xyz`` and ``synthetic_valid.xyz`` with what passes the filters, and ``counts.json``.
+
+    Raises:
+        ValueError: fewer than ten frames are left; why.
+    """
+    frames: list[ase.Atoms] = ase.io.read(labelled, ":")
+    frames.sort(key=lambda a: int(a.info["input_index"]))
+    dropped: dict[str, int] = {}
+    count, deviation = len(frames), None
+    if config.filter.deviation is not None and len(committee) > 1:
+        deviation = 1e3 * committee_deviation(frames, committee)
+        keep = deviation <= config.filter.deviation
+        dropped["the committee disagrees"] = int((~keep).sum())
+        frames = [a for a, k in zip(frames, keep, strict=True) if k]
+    quantum, test = ase.io.read(config.train, ":"), ase.io.read(config.test, ":")
+    frames = _by_labels(frames, quantum, config.filter, dropped)
+    frames = _not_among(frames, test, committee[0], dropped)
+    if config.filter.duplicates is not None and frames:
+        found = unique(frames, features(frames, _source(committee[0])), config.filter.duplicates)
+        dropped["repetition"] = len(frames) - len(found)
+        frames = [frames[i] for i in found]
+    if len(frames) < 10:
+        raise ValueError(
+            f"filter: expected at least 10 synthetic frames to be left, got {len(frames)} of {count} "
+            f"(dropped: {dropped})"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(frames))
+    held = min(_HELD_MOST, max(1, round(_HELD * len(frames))))
+    write_frames(place / "synthetic_valid.xyz", [frames[i] for i in order[:held]])
+    write_frames(place / "synthetic.xyz", [frames[i] for i in order[held:]])
+    content = {
+        "labelled": count, "dropped": dropped, "kept": len(frames), "for_validation": held,
+        "median_deviation_meV_A": None if deviation is None else float(np.median(deviation)),
+    }  # fmt: skip
+    write_text(place / "counts.json", json.dumps(content, indent=1) + "\n")
+
+
+def _by_labels(
+    frames: list[ase.Atoms], quantum: list[ase.Atoms], limits: Filter, dropped: dict[str, int]
+) -> list[ase.Atoms]:
+    """Frames within the windows of force and energy."""
+    if limits.force is not None:
+        kept = [a for a in frames if np.linalg.norm(a.arrays["REF_forces"], axis=1).max() <= limits.force]
+        dropped["large force"], frames = len(frames) - len(kept), kept
+    if limits.energy is not None:
+        lowest: dict[str, float] = {}
+        for a in quantum:
+            formula = a.get_chemical_formula()
+            lowest[formula] = min(lowest.get(formula, np.inf), float(a.info["REF_energy"]))
+        kept = [
+            a for a in frames
+            if a.info["REF_energy"] - lowest.get(a.get_chemical_formula(), np.inf) <= limits.energy * len(a)
+        ]  # fmt: skip
+        dropped["high energy"], frames = len(frames) - len(kept), kept
+    return frames
+
+
+def _not_among(
+    frames: list[ase.Atoms], test: list[ase.Atoms], teacher: str, dropped: dict[str, int]
+) -> list[ase.Atoms]:
+    """Frames that are no test frame, moved, turned or renumbered."""
+    from scipy.spatial import cKDTree
+
+    if not frames:
+        return frames
+    source = _source(teacher)
+    if source is None:  # no features: equal positions only
+        places = {a.numbers.tobytes() + a.positions.round(3).tobytes() for a in test}
+        kept = [a for a in frames if a.numbers.tobytes() + a.positions.round(3).tobytes() not in places]
+    else:
+        values = features([*test, *frames], source)
+        far = cKDTree(values[: len(test)]).query(values[len(test) :])[0] > _SAME
+        kept = [a for a, k in zip(frames, far, strict=True) if k]
+    dropped["equal to a test frame"] = len(frames) - len(kept)
+    return kept
+
+
+def _source(teacher: str) -> str | None:
+    """What :func:`mace_lora.augment.features` takes for a teacher; None where it has no features."""
+    kind, _, file = teacher.partition(":")
+    return file.partition("+")[0] if kind == "mace" else None
+
+
+def write_frames(path: Path, frames: Sequence[ase.Atoms]) -> None:
+    """Write frames without results of calculators, atomically."""
+    with atomic_path(path) as temporary:
+        ase.io.write(temporary, frames, format="extxyz", write_results=False)

@@ -1,0 +1,214 @@
+"""equitune distill: stages, filters, safeguards, report; killed in every stage."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import yaml
+
+from mace_lora.distill.config import read_config
+from mace_lora.distill.pipeline import Fit, Outcome
+from mace_lora.distill.report import comparison, verdict
+from mace_lora.distill.stages import Stages
+from mace_lora.distill.synthesis import select_frames
+
+PROGRAM = Path(sys.executable).parent / "equitune"
+EMBEDDED = Path(__file__).parents[2] / "mace_lora" / "embedded" / "glycolamide_pbe0.extxyz.gz"
+CONFIG = {
+    "folder": "out", "train": "train.xyz", "valid": "valid.xyz", "test": "test.xyz",
+    "teacher": {
+        "members": 2,
+        "flags": {"foundation_model": "base.model", "E0s": "estimated", "lora": True, "lr": 0.01, "max_num_epochs": 2},
+    },
+    "synthetic": {
+        "temperatures": [300], "frames": 8, "spacing_fs": 5, "equilibration_fs": 10, "starts": 2, "rattle": 1,
+        "stretch": 1,
+    },
+    "filter": {"deviation": 5000, "force": 100, "duplicates": 0.0},
+    "student": {
+        "flags": {"hidden_irreps": "8x0e", "max_ell": 1, "correlation": 2, "r_max": 4.0, "E0s": "average"},
+        "pretrain": {"epochs": 3, "lrs": [0.01]},
+        "finetune": {"epochs": 2, "lrs": [0.005, 0.01]},
+        "direct": {"epochs": 2, "lrs": [0.01]},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folder with a base, quantum frames and a config."""
+    folder = tmp_path_factory.mktemp("distill")
+    frames = ase.io.read(EMBEDDED, ":", format="extxyz")
+    for name, part in (("train", frames[:10]), ("valid", frames[10:15]), ("test", frames[15:27])):
+        ase.io.write(folder / f"{name}.xyz", part, format="extxyz")
+    subprocess.run([PROGRAM, "export-base", "base.model"], cwd=folder, check=True, capture_output=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
+def distill(folder, *more, check=True, config="config.yaml"):
+    done = subprocess.run(
+        [PROGRAM, "distill", config, *more], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout[-3000:]
+    return " ".join(done.stdout.split())
+
+
+def test_every_stage_killed_then_whole_then_changed(place):
+    """Kill -9 in each stage; finished ones are not redone; a changed key redoes what follows."""
+    out = place / "out"
+    until = ["teacher-1-*", "sampled-*", "labelled-*", "pretrain-*", "finetune-lr0.01-*", "direct-*"]
+    for pattern in until:
+        process = subprocess.Popen(
+            [PROGRAM, "distill", "config.yaml"], cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        end = time.time() + 240
+        while process.poll() is None and not list(out.glob(pattern)) and time.time() < end:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert list(out.glob(pattern)) and not (out / "report.md").exists()
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/stage.json")}
+    assert len(stamps) >= 6
+    shown = distill(place)
+    assert "teacher-0: is there" in shown and "direct-lr0.01: going on" in shown
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    report = (out / "report.md").read_text()
+    assert report.startswith("**") and "student, two stages" in report and "fidelity to the teacher" in report
+    assert all((out / f).stat().st_size for f in ("report.json", "curves.png", "parity.png"))
+    content = json.loads((out / "report.json").read_text())
+    assert content["verdict"] in report and content["evaluations"]["finetune"]["frames"] == 12
+    assert content["synthetic"]["kept"] <= content["synthetic"]["labelled"] == 36
+    again = distill(place)
+    assert "starting" not in again and "going on" not in again
+    changed = yaml.safe_load((place / "config.yaml").read_text())
+    changed["student"]["finetune"]["epochs"] = 3
+    (place / "changed.yaml").write_text(yaml.safe_dump(changed))
+    third = distill(place, config="changed.yaml")
+    assert set(re.findall(r"([\w.-]+): starting", third)) == {
+        "finetune-lr0.005", "finetune-lr0.01", "evaluated-finetune", "speed",
+    }  # fmt: skip
+
+
+def test_filters_and_leakage(place, tmp_path):
+    """Frames with large forces, high energies, repetitions, and test frames (moved and renumbered) are left out."""
+    config = read_config(place / "config.yaml")
+    config.filter = config.filter.model_copy(update={"deviation": None, "force": 20.0, "energy": 1.0})
+    quantum, test = ase.io.read(config.train, ":"), ase.io.read(config.test, ":")
+    frames = []
+    for n, source in enumerate([*quantum, *quantum[:3], test[0], test[1], quantum[4], quantum[5]]):
+        frame = ase.Atoms(source.numbers, positions=source.positions)
+        frame.rattle(0.01, seed=n) if n < 10 else None
+        frame.info |= {"REF_energy": source.info["REF_energy"], "input_index": n}
+        frame.arrays["REF_forces"] = source.arrays["REF_forces"]
+        frames.append(frame)
+    frames[12].rotate(40, "x")  # the first 3 again: not among the rattled ones
+    frames[13].positions += 3.0  # test frames, moved and turned
+    frames[14].rotate(70, "z")
+    frames[15].arrays["REF_forces"] = frames[15].arrays["REF_forces"] + 30.0
+    frames[16].info["REF_energy"] += 1.5 * len(frames[16])
+    frames += [frames[2].copy()]
+    frames[-1].info["input_index"] = 17
+    ase.io.write(tmp_path / "labelled.xyz", frames, format="extxyz")
+    select_frames(config, tmp_path / "labelled.xyz", [f"mace:{place / 'base.model'}"], tmp_path)
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["dropped"] == {
+        "large force": 1, "high energy": 1, "equal to a test frame": 2, "repetition": 1,
+    }  # fmt: skip
+    assert counts["kept"] == 13
+    kept = [*ase.io.read(tmp_path / "synthetic.xyz", ":"), *ase.io.read(tmp_path / "synthetic_valid.xyz", ":")]
+    assert sorted(a.info["input_index"] for a in kept) == list(range(13))
+    config.filter = config.filter.model_copy(update={"force": 1e-3})
+    with pytest.raises(ValueError, match=r"filter: expected at least 10 synthetic frames to be left, got 0 of 18"):
+        select_frames(config, tmp_path / "labelled.xyz", [f"mace:{place / 'base.model'}"], tmp_path)
+
+
+def outcome(two: float, one: float, curve_two, curve_one) -> Outcome:
+    def fit(curve):
+        return Fit(Path("x"), 0.01, 10, 100, curve, {0.01: 1.0})
+
+    def row(error):
+        return {"errors": {"mae_f": error}, "mae_e_refit": error}
+
+    fits = {"pretrain": fit([(9, 1.0, 1.0)]), "finetune": fit(curve_two), "direct": fit(curve_one)}
+    return Outcome([], Path(), fits, {"finetune": row(two), "direct": row(one)}, {}, {})
+
+
+def test_comparison_and_first_line():
+    good = outcome(50.0, 100.0, [(0, 1, 90), (1, 1, 40)], [(4, 1, 120), (9, 1, 100)])
+    c = comparison(good)
+    assert (c["improvement_e"], c["improvement_f"]) == (0.5, 0.5)
+    assert (c["direct_steps"], c["finetune_steps"], c["all_steps"]) == (100, 10, 110)
+    assert verdict(good).startswith("Two stages beat direct training: energy error 50 % lower, force error 50 % lower")
+    bad = outcome(120.0, 100.0, [(0, 1, 130)], [(9, 1, 100)])
+    assert comparison(bad)["finetune_steps"] == np.inf
+    assert verdict(bad).startswith("WORSE THAN DIRECT TRAINING in the error of energy (20 % higher) and force (20 %")
+
+
+def test_stage_is_kept_by_content(tmp_path):
+    file, made = tmp_path / "in.txt", []
+    file.write_text("a")
+    stages = Stages(tmp_path / "out", say=lambda _: None)
+
+    def run(**settings):
+        return stages.run("one", settings, [file], lambda place: made.append(place))
+
+    first = run(x=1)
+    file.touch()
+    assert run(x=1) == first and len(made) == 1
+    assert run(x=2) != first and len(made) == 2
+    file.write_text("b")
+    assert run(x=1) != first and len(made) == 3
+    (first / "stage.json").unlink()  # killed before its end
+    file.write_text("a")
+    assert run(x=1) == first and len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teachers": {}}, "teachers: Extra inputs are not permitted"),
+        ({"teacher": {"flags": {}}}, "teacher: expected either flags of a fine-tuning or a potential"),
+        ({"teacher": {"flags": {"lora": True}}}, "teacher.flags: expected foundation_model"),
+        ({"teacher.flags.seed": 3}, "flags: seed is set by the command"),
+        ({"teacher.flags.lorra": True}, "teacher.flags: unrecognized arguments: --lorra"),
+        ({"teacher.flags.foundation_model": "./gone.model"}, "foundation_model: no file ./gone.model"),
+        ({"teacher": {"potential": "nonsense"}}, "labeler: unknown name 'nonsense'"),
+        ({"student.flags.hiden": "8x0e"}, "student.flags: unrecognized arguments: --hiden=8x0e"),
+        ({"student.flags.lora": True}, "flags: lora: the student is a new model"),
+        ({"student.finetune.flags": {"lora_rnk": 3}}, "student.finetune.flags: unrecognized arguments: --lora_rnk=3"),
+        ({"student.finetune.lrs": [0.1, 0.1]}, "lrs: expected different numbers > 0"),
+        ({"student.pretrain.epochs": 0}, "student.pretrain.epochs: Input should be greater than or equal to 1, got 0"),
+        ({"synthetic.temperatures": [], "synthetic.rattle": 0, "synthetic.stretch": 0}, "synthetic: nothing to make"),
+        ({"synthetic.strain": 2}, "synthetic.strain: expected periodic training frames"),
+        ({"test": "valid.xyz"}, "frame 0 of test is also frame 0 of valid: labels leak between them"),
+        ({"test": "gone.xyz"}, "no file .*gone.xyz"),
+    ],
+)
+def test_bad_configs_fail_before_any_compute(place, tmp_path, change, message):
+    content = yaml.safe_load(yaml.safe_dump(CONFIG | {"folder": str(tmp_path / "out")}))
+    for key, value in change.items():
+        *path, last = key.split(".")
+        target = content
+        for part in path:
+            target = target[part]
+        target[last] = value
+    (place / "bad.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises((ValueError, OSError), match=message):
+        read_config(place / "bad.yaml")
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_only(place):
+    assert "config.yaml: sound; nothing was run" in distill(place, "--check")
