@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mace_lora.mace_plugin.launch import check_flags
+from mace_lora.mace_plugin.launch import check_flags, with_files
 
 from .dynamics import Schedule
 from .labelers import open_labeler
@@ -115,9 +115,7 @@ def read_config(path: Path) -> ActiveLearning:
     base = path.parent.resolve()
     config.folder, config.data = base / config.folder, base / config.data
     config.explore.starts = base / config.explore.starts
-    for flag, value in config.train.items():  # files among the flags
-        if isinstance(value, str) and (base / value).is_file():
-            config.train[flag] = str(base / value)
+    config.train = with_files(config.train, str, base)
     for file in (config.data, config.explore.starts):
         if not file.is_file():
             raise FileNotFoundError(f"{path}: no file {file}")

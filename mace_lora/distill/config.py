@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mace_lora.augment import Schedule, open_labeler
+from mace_lora.mace_plugin.launch import check_flags, with_files
 
 __all__ = ["Distillation", "Filter", "Student", "Synthetic", "Teacher", "Training", "read_config"]
 
@@ -21,22 +23,24 @@ class _Strict(BaseModel):
 
 
 class Teacher(_Strict):
-    """What labels the synthetic frames: ``flags`` of a fine-tuning, or the name of a ``potential``.
+    """What labels the synthetic frames: ``flags`` of a fine-tuning, a ``potential``, or somebody else before.
 
     Attributes:
         flags: of ``mace_run_train`` without dashes, e.g. foundation_model, E0s, lora, lr, max_num_epochs.
         members: adapters trained with different seeds; two or more make a committee that filters.
         potential: a labeler used as it is, as for ``equitune label``; nothing is trained then.
+        labelled: synthetic frames with labels, e.g. of a teacher that needs another environment; nothing is made then.
     """
 
     flags: dict[str, Any] = {}
     members: int = Field(2, ge=1)
     potential: str | None = None
+    labelled: Path | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Teacher:
-        if bool(self.flags) == (self.potential is not None):
-            raise ValueError("expected either flags of a fine-tuning or a potential")
+        if bool(self.flags) + (self.potential is not None) + (self.labelled is not None) != 1:
+            raise ValueError("expected either flags of a fine-tuning, a potential, or labelled frames")
         _none_of_ours({k: v for k, v in self.flags.items() if k not in ("lr", "max_num_epochs")})
         return self
 
@@ -129,19 +133,26 @@ class Student(_Strict):
     """The model that is made.
 
     Attributes:
-        flags: of ``mace_run_train``: architecture, batch size, loss and so on.
+        flags: of ``mace_run_train``: architecture, batch size, loss and so on; with ``nequip``, Hydra overrides.
+        nequip: config of ``nequip-train`` for a student of the NequIP framework (NequIP, Allegro, PaiNN, their
+            multiscale forms); it needs NequIP's environment, so that the teacher is a potential or labelled frames.
         pretrain: on the synthetic frames.
         finetune: on the quantum frames, from the pre-trained weights.
         direct: on the quantum frames, from scratch: what the student is compared with. None leaves it out.
     """
 
-    flags: dict[str, Any]
+    flags: dict[str, Any] = {}
+    nequip: Path | None = None
     pretrain: Training
     finetune: Training
     direct: Training | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Student:
+        if self.nequip is not None:
+            return self
+        if not self.flags:
+            raise ValueError("expected flags of a MACE model, or nequip with a config")
         _none_of_ours(self.flags)
         for key in ("foundation_model", "lora"):
             if key in self.flags:
@@ -207,26 +218,22 @@ def read_config(path: Path) -> Distillation:
     for file in (config.train, config.valid, config.test):
         if not file.is_file():
             raise FileNotFoundError(f"{path}: no file {file}")
-    for flags in (config.teacher.flags, config.student.flags):
-        _absolute(flags, base)
+    for part in (config.teacher, config.student):
+        part.flags = with_files(part.flags, str, base)
+    for part, name in ((config.teacher, "labelled"), (config.student, "nequip")):
+        if getattr(part, name) is not None:
+            setattr(part, name, base / getattr(part, name))
+            if not getattr(part, name).is_file():
+                raise FileNotFoundError(f"{path}: {name}: no file {getattr(part, name)}")
     _check_flags(config, path)
     _check_frames(config, path)
     return config
 
 
-def _absolute(flags: dict[str, Any], base: Path) -> None:
-    """Files among the flags."""
-    for flag, value in flags.items():
-        if isinstance(value, str) and (base / value).is_file():
-            flags[flag] = str(base / value)
-
-
 def _check_flags(config: Distillation, path: Path) -> None:
-    from mace_lora.mace_plugin.launch import check_flags
-
     if config.teacher.potential is not None:
         open_labeler(config.teacher.potential)
-    else:
+    elif config.teacher.labelled is None:
         for flag in ("foundation_model", "max_num_epochs", "lr", "E0s"):
             if flag not in config.teacher.flags:
                 raise ValueError(
@@ -236,11 +243,26 @@ def _check_flags(config: Distillation, path: Path) -> None:
         if "/" in str(model) and not Path(model).is_file():
             raise FileNotFoundError(f"{path}: teacher.flags.foundation_model: no file {model}")
         check_flags(config.teacher.flags, f"{path}: teacher.flags")
+    if config.student.nequip is not None:
+        _check_nequip(config, path)
+        return
     check_flags(config.student.flags, f"{path}: student.flags")
     for name in ("pretrain", "finetune", "direct"):
         training = getattr(config.student, name)
         if training is not None:
             check_flags(config.student.flags | training.flags, f"{path}: student.{name}.flags")
+
+
+def _check_nequip(config: Distillation, path: Path) -> None:
+    if importlib.util.find_spec("nequip") is None:
+        raise ValueError(
+            f"{path}: student.nequip: NequIP is not installed in this environment (it cannot share one with MACE); run "
+            "the command in NequIP's, with teacher.potential or teacher.labelled"
+        )
+    from nequip_ext.distill import check_config
+
+    assert config.student.nequip is not None
+    check_config(config.student.nequip)
 
 
 def _check_frames(config: Distillation, path: Path) -> None:

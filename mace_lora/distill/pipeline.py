@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,10 @@ from mace_lora.mace_plugin import launch
 from .config import Distillation, Training
 from .evaluation import evaluate_model, measure_speed
 from .stages import Stages
+from .students import Framework, default_flags, framework, plain
 from .synthesis import label_frames, make_frames, select_frames
 
 __all__ = ["Fit", "Outcome", "run"]
-
-# a pre-trained multiscale model brings these
-_OF_MULTISCALE = ("r_short", "multiscale_coupling", "long_range", "pme_smearing")
 
 
 @dataclass(frozen=True)
@@ -76,20 +75,17 @@ def run(config: Distillation, say: Callable[[str], None] = print) -> Outcome:
     Raises:
         ValueError: a training fails, or too few synthetic frames are left.
     """
-    stages = Stages(config.folder, say)
+    stages, student = Stages(config.folder, say), config.student
     teachers = _teachers(config, stages)
     synthetic = _synthetic(config, stages, teachers)
-    student, parts = config.student, (synthetic / "synthetic.xyz", synthetic / "synthetic_valid.xyz")
-    quantum = (config.train, config.valid)
-    fits = {"pretrain": _fit(config, stages, "pretrain", student.pretrain, student.flags, parts)}
-    start = {
-        "foundation_model": str(fits["pretrain"].model), "multiheads_finetuning": False, "E0s": "estimated",
-    }  # fmt: skip
-    flags = {k: v for k, v in student.flags.items() if not k.endswith("_long") and k not in _OF_MULTISCALE}
-    fits["finetune"] = _fit(config, stages, "finetune", student.finetune, flags | start, quantum)
+    parts, quantum = (synthetic / "synthetic.xyz", synthetic / "synthetic_valid.xyz"), (config.train, config.valid)
+    how = framework(config)
+    fits = {"pretrain": _fit(how, stages, "pretrain", student.pretrain, parts)}
+    fits["finetune"] = _fit(how, stages, "finetune", student.finetune, quantum, fits["pretrain"].model)
     if student.direct is not None:
-        fits["direct"] = _fit(config, stages, "direct", student.direct, student.flags, quantum)
-    models = {"teacher": teachers[0], **{name: f"mace:{fit.model}" for name, fit in fits.items()}}
+        fits["direct"] = _fit(how, stages, "direct", student.direct, quantum)
+    models = {"teacher": teachers[0]} if teachers else {}
+    models |= {name: f"{how.kind}:{fit.model}" for name, fit in fits.items()}
     evaluations = {name: _evaluate(config, stages, name, model) for name, model in models.items()}
     place = stages.run(
         "speed", {name: _name(model) for name, model in models.items()}, [config.test],
@@ -104,12 +100,14 @@ def _teachers(config: Distillation, stages: Stages) -> list[str]:
     teacher = config.teacher
     if teacher.potential is not None:
         return [teacher.potential]
-    found = []
+    if teacher.labelled is not None:
+        return []
+    found, data = [], (config.train, config.valid)
     for k in range(teacher.members):
-        flags = _defaults(config, int(teacher.flags["max_num_epochs"])) | teacher.flags
+        flags = default_flags(config, int(teacher.flags["max_num_epochs"])) | teacher.flags
         flags["seed"] = config.seed + 1 + k
-        files = [config.train, config.valid, *_files(flags)]
-        place = stages.run(f"teacher-{k}", _plain(flags), files, _trainer(flags, (config.train, config.valid)))
+        given = {**flags, "train_file": data[0], "valid_file": data[1]}
+        place = stages.run(f"teacher-{k}", plain(flags), data, functools.partial(launch.train, given))
         found.append(f"mace:{place / 'run.model'}")
     return found
 
@@ -117,16 +115,22 @@ def _teachers(config: Distillation, stages: Stages) -> list[str]:
 def _synthetic(config: Distillation, stages: Stages, teachers: list[str]) -> Path:
     """Folder with the filtered synthetic frames."""
     who = [_name(t) for t in teachers]
+    if config.teacher.labelled is not None:
+        return _filtered(config, stages, teachers, config.teacher.labelled)
     settings = {"synthetic": config.synthetic.model_dump(mode="json"), "seed": config.seed, "teacher": who[0]}
     made = stages.run("sampled", settings, [config.train], lambda place: make_frames(config, teachers[0], place))
     labelled = stages.run(
         "labelled", {"teacher": who[0]}, [made / "sampled.xyz"],
         lambda place: label_frames(made / "sampled.xyz", teachers[0], config.workers, place),
     )  # fmt: skip
+    return _filtered(config, stages, teachers, labelled / "labelled.xyz")
+
+
+def _filtered(config: Distillation, stages: Stages, teachers: list[str], labelled: Path) -> Path:
+    settings = {"filter": config.filter.model_dump(), "committee": [_name(t) for t in teachers], "seed": config.seed}
     return stages.run(
-        "synthetic", {"filter": config.filter.model_dump(), "committee": who, "seed": config.seed},
-        [labelled / "labelled.xyz", config.train, config.test],
-        lambda place: select_frames(config, labelled / "labelled.xyz", teachers, place),
+        "synthetic", settings, [labelled, config.train, config.test],
+        lambda place: select_frames(config, labelled, teachers, place),
     )  # fmt: skip
 
 
@@ -136,48 +140,19 @@ def _name(teacher: str) -> str:
 
 
 def _fit(
-    config: Distillation, stages: Stages, name: str, training: Training, flags: Mapping[str, Any],
-    data: tuple[Path, Path],
-) -> Fit:  # fmt: skip
+    how: Framework, stages: Stages, name: str, training: Training, data: tuple[Path, Path], start: Path | None = None
+) -> Fit:
     """One training for each learning rate; the best on its validation frames."""
-    found: dict[float, Path] = {}
-    every = dict(_defaults(config, training.epochs)) | dict(flags) | training.flags
-    every |= {"max_num_epochs": training.epochs, "seed": config.seed + 1}
-    for lr in training.lrs:
-        mine = every | {"lr": lr}
-        found[lr] = stages.run(f"{name}-lr{lr:g}", _plain(mine), [*data, *_files(mine)], _trainer(mine, data))
-    curves = {lr: launch.validation_curve(place) for lr, place in found.items()}
+    every = {lr: how.settings(training, lr, start) for lr in training.lrs}
+    found = {
+        lr: stages.run(f"{name}-lr{lr:g}", plain(mine), data, functools.partial(how.train, mine, data))
+        for lr, mine in every.items()
+    }
+    curves = {lr: how.curve(place) for lr, place in found.items()}
     scores = {lr: min((float(np.sqrt(e * f)) for _, e, f in curve), default=np.inf) for lr, curve in curves.items()}
     best = min(scores, key=lambda lr: scores[lr])
-    frames = len(ase.io.read(data[0], ":"))
-    steps = training.epochs * -(-frames // int(every["batch_size"]))
-    return Fit(found[best] / "run.model", best, training.epochs, steps, curves[best], scores)
-
-
-def _trainer(flags: Mapping[str, Any], data: tuple[Path, Path]) -> Callable[[Path], None]:
-    def make(place: Path) -> None:
-        launch.train({**flags, "train_file": data[0], "valid_file": data[1]}, place)
-
-    return make
-
-
-def _defaults(config: Distillation, epochs: int) -> dict[str, Any]:
-    """Flags where the config has none: a decaying learning rate, EMA, the best epoch by the validation loss."""
-    return {
-        "batch_size": 5, "valid_batch_size": 25, "ema": True, "ema_decay": 0.99, "scheduler": "ExponentialLR",
-        "lr_scheduler_gamma": round(0.05 ** (1 / epochs), 6), "eval_interval": max(1, epochs // 50),
-        "loss": "weighted", "energy_weight": 1, "forces_weight": 100, "default_dtype": config.dtype,
-        "device": config.device, "plot": False, "patience": 1_000_000, "multiheads_finetuning": False,
-    }  # fmt: skip
-
-
-def _files(flags: Mapping[str, Any]) -> list[Path]:
-    return [Path(v) for v in flags.values() if isinstance(v, str) and Path(v).is_file()]
-
-
-def _plain(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags for a hash: files count by their content alone."""
-    return {k: "a file" if isinstance(v, str) and Path(v).is_file() else v for k, v in flags.items()}
+    steps = training.epochs * -(-len(ase.io.read(data[0], ":")) // how.batch_size(every[best]))
+    return Fit(how.model(found[best]), best, training.epochs, steps, curves[best], scores)
 
 
 def _evaluate(config: Distillation, stages: Stages, name: str, potential: str) -> dict[str, Any]:

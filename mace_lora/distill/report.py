@@ -70,7 +70,7 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
         the Markdown file.
     """
     counts = json.loads((outcome.synthetic / "counts.json").read_text())
-    lines = [f"**{verdict(outcome)}**", "", f"Test: {outcome.evaluations['teacher']['frames']} quantum frames.", ""]
+    lines = [f"**{verdict(outcome)}**", "", f"Test: {outcome.evaluations['finetune']['frames']} quantum frames.", ""]
     lines += _table(outcome)
     if "direct" in outcome.fits:
         lines += ["", _iterations(outcome)]
@@ -104,7 +104,7 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
 
 
 def _table(outcome: Outcome) -> list[str]:
-    teacher = outcome.speed["teacher"]
+    teacher = outcome.speed.get("teacher", float("nan"))
     lines = [
         "| model | E MAE (meV/atom) | E MAE, offsets removed | F MAE (meV/Å) | 95 % interval | ms per evaluation | "
         "speed over teacher |",

@@ -35,7 +35,9 @@ class Stages:
     say: Callable[[str], None] = print
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, name: str, settings: Mapping[str, Any], files: Iterable[Path], make: Callable[[Path], None]) -> Path:
+    def run(
+        self, name: str, settings: Mapping[str, Any], files: Iterable[Path], make: Callable[[Path], object]
+    ) -> Path:
         """Folder of a stage's results, made unless it is there.
 
         Args:

@@ -72,7 +72,7 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
         ValueError: fewer than ten frames are left; why.
     """
     frames: list[ase.Atoms] = ase.io.read(labelled, ":")
-    frames.sort(key=lambda a: int(a.info["input_index"]))
+    frames.sort(key=lambda a: int(a.info.get("input_index", 0)))
     dropped: dict[str, int] = {}
     count, deviation = len(frames), None
     if config.filter.deviation is not None and len(committee) > 1:
@@ -82,9 +82,12 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
         frames = [a for a, k in zip(frames, keep, strict=True) if k]
     quantum, test = ase.io.read(config.train, ":"), ase.io.read(config.test, ":")
     frames = _by_labels(frames, quantum, config.filter, dropped)
-    frames = _not_among(frames, test, committee[0], dropped)
+    source = _source(committee[0]) if committee else None
+    frames = _not_among(frames, test, source, dropped)
     if config.filter.duplicates is not None and frames:
-        found = unique(frames, features(frames, _source(committee[0])), config.filter.duplicates)
+        if source is None:
+            raise ValueError("filter: duplicates: needs the features of a MACE teacher; leave it out")
+        found = unique(frames, features(frames, source), config.filter.duplicates)
         dropped["repetition"] = len(frames) - len(found)
         frames = [frames[i] for i in found]
     if len(frames) < 10:
@@ -124,14 +127,13 @@ def _by_labels(
 
 
 def _not_among(
-    frames: list[ase.Atoms], test: list[ase.Atoms], teacher: str, dropped: dict[str, int]
+    frames: list[ase.Atoms], test: list[ase.Atoms], source: str | None, dropped: dict[str, int]
 ) -> list[ase.Atoms]:
     """Frames that are no test frame, moved, turned or renumbered."""
     from scipy.spatial import cKDTree
 
     if not frames:
         return frames
-    source = _source(teacher)
     if source is None:  # no features: equal positions only
         places = {a.numbers.tobytes() + a.positions.round(3).tobytes() for a in test}
         kept = [a for a in frames if a.numbers.tobytes() + a.positions.round(3).tobytes() not in places]

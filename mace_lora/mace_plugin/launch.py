@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_flags", "start", "train", "validation_curve"]
+__all__ = ["check_flags", "start", "train", "validation_curve", "with_files"]
 
 
 def start(flags: Mapping[str, Any], log: Path) -> subprocess.Popen[bytes]:
@@ -63,6 +63,21 @@ def train(flags: Mapping[str, Any], folder: Path) -> Path:
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else "no output"
+
+
+def with_files(flags: Mapping[str, Any], change: Callable[[Path], Any], base: Path = Path()) -> dict[str, Any]:
+    """Flags with those changed whose values name files.
+
+    Args:
+        flags: as for :func:`start`.
+        change: gets the file, gives the new value.
+        base: folder that relative names start from.
+    """
+    out = dict(flags)
+    for name, value in flags.items():
+        if isinstance(value, str) and os.path.isfile(base / value):  # noqa: PTH113  Path.is_file fails on long texts
+            out[name] = change(base / value)
+    return out
 
 
 def check_flags(flags: Mapping[str, Any], where: str) -> None:

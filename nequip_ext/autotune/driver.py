@@ -14,7 +14,7 @@ import yaml
 
 from mace_lora.atomic import write_text
 
-__all__ = ["run"]
+__all__ = ["normalisation", "run"]
 
 _KEYS = {"frames", "val", "epochs", "lr", "checkpoint"}
 
@@ -61,19 +61,18 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
         ])  # fmt: skip
         write_text(marker, json.dumps(wanted) + "\n")
     say("stage two: fine-tuning on the quantum labels")
-    _train(folder, name, out, [*overrides, f"autotune.checkpoint={first / 'best.ckpt'}", *_normalisation(first)])
+    neighbours = [f"{k}={v}" for k, v in normalisation(first / "best.ckpt").items()]
+    _train(folder, name, out, [*overrides, f"autotune.checkpoint={first / 'best.ckpt'}", *neighbours])
     return out / "best.ckpt"
 
 
-def _normalisation(first: Path) -> list[str]:
-    """The weights of stage one belong to its number of neighbours, not to that of the quantum frames."""
+def normalisation(checkpoint: Path) -> dict[str, float]:
+    """Overrides for stage two: a checkpoint's weights belong to its number of neighbours, not to the new data's."""
     import torch
 
-    content = torch.load(first / "best.ckpt", map_location="cpu", weights_only=False)  # upstream's own pickle
-    model = content["hyper_parameters"]["model"]["model"]
-    key = "training_module.model.model.avg_num_neighbors"
-    value = model.get("avg_num_neighbors")
-    return [] if value is None or not isinstance(value, int | float) else [f"{key}={value}"]
+    content = torch.load(checkpoint, map_location="cpu", weights_only=False)  # upstream's own pickle, written just now
+    value = content["hyper_parameters"]["model"]["model"].get("avg_num_neighbors")
+    return {"training_module.model.model.avg_num_neighbors": value} if isinstance(value, int | float) else {}
 
 
 def _settings(config: dict[str, Any], file: Path, overrides: Sequence[str]) -> dict[str, Any]:

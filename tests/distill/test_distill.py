@@ -179,7 +179,10 @@ def test_stage_is_kept_by_content(tmp_path):
     ("change", "message"),
     [
         ({"teachers": {}}, "teachers: Extra inputs are not permitted"),
-        ({"teacher": {"flags": {}}}, "teacher: expected either flags of a fine-tuning or a potential"),
+        ({"teacher": {"flags": {}}}, "teacher: expected either flags of a fine-tuning, a potential, or labelled"),
+        ({"teacher": {"labelled": "gone.xyz"}}, "labelled: no file .*gone.xyz"),
+        ({"student.flags": {}}, "student: expected flags of a MACE model, or nequip with a config"),
+        ({"student.nequip": "train.xyz"}, "student.nequip: NequIP is not installed in this environment"),
         ({"teacher": {"flags": {"lora": True}}}, "teacher.flags: expected foundation_model"),
         ({"teacher.flags.seed": 3}, "flags: seed is set by the command"),
         ({"teacher.flags.lorra": True}, "teacher.flags: unrecognized arguments: --lorra"),

@@ -1,0 +1,124 @@
+"""A NequIP-framework student of ``equitune distill``: trainings of a config by ``nequip-train``."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mace_lora.atomic import write_text
+from nequip_ext.autotune.driver import normalisation
+
+__all__ = ["NequipStudent", "check_config", "compose"]
+
+_NAME = "equitune_student"
+_ENERGY, _FORCES = "val0_epoch/per_atom_energy_mae", "val0_epoch/forces_mae"
+
+
+def compose(path: Path) -> Any:
+    """A config with those that its ``defaults`` name, as one (OmegaConf, interpolations kept).
+
+    Raises:
+        ValueError: a default that is no name of a file beside it, or a key that a student's training needs is missing.
+    """
+    content: Any = OmegaConf.load(path)
+    parts = content.pop("defaults", ["_self_"])
+    merged: Any = OmegaConf.create()
+    for part in parts:
+        if not isinstance(part, str) or (part != "_self_" and not (path.parent / f"{part}.yaml").is_file()):
+            raise ValueError(f"{path}: defaults: expected names of files beside it, or _self_, got {part!r}")
+        other = content if part == "_self_" else compose(path.parent / f"{part}.yaml")
+        merged = OmegaConf.merge(merged, other)
+    return merged
+
+
+def check_config(path: Path) -> None:
+    """The config must have what a student's training changes.
+
+    Raises:
+        ValueError: a key is missing; which one.
+    """
+    content: Any = OmegaConf.to_container(compose(path), resolve=False)
+    found = {*content, *(f"autotune.{key}" for key in content.get("autotune") or {})}
+    for key in ("folder", "lr", "epochs", "data", "autotune.checkpoint"):
+        if key not in found:
+            raise ValueError(f"{path}: expected the key {key}, as in recipes/configs/nequip_autotune.yaml")
+
+
+class NequipStudent:
+    """Trainings of one config.
+
+    Args:
+        config: YAML of ``nequip-train`` with the keys folder, lr, epochs and autotune.checkpoint.
+        overrides: keys (dots for nesting) and values for all trainings.
+        seed: of weights and order.
+    """
+
+    kind = "nequip"
+
+    def __init__(self, config: Path, overrides: Mapping[str, Any], seed: int) -> None:
+        self.config, self.overrides, self.seed = config, dict(overrides), seed
+
+    def settings(self, training: Any, lr: float, start: Path | None) -> dict[str, Any]:
+        text = OmegaConf.to_yaml(compose(self.config))  # with the files that it names
+        out = {
+            "config": str(self.config),
+            "composed": hashlib.sha256(text.encode()).hexdigest(),
+            "seed": self.seed,
+            **self.overrides,
+            **training.flags,
+        }
+        out |= {"epochs": training.epochs, "lr": lr}
+        if start is not None:
+            out["start"] = str(start)
+        return out
+
+    def train(self, settings: Mapping[str, Any], data: tuple[Path, Path], place: Path) -> None:
+        """Run ``nequip-train`` unless it has finished; continues from the last checkpoint.
+
+        Raises:
+            ValueError: the training fails; where its messages are.
+        """
+        content = compose(Path(settings["config"]))
+        keys = {k: v for k, v in settings.items() if k not in ("config", "composed", "start")}
+        keys |= {"folder": str(place), "run": ["train"], "autotune.checkpoint": None}
+        keys |= {"data.train_file_path": str(data[0]), "data.val_file_path": str(data[1])}
+        if "start" in settings:
+            keys["autotune.checkpoint"] = settings["start"]
+            keys |= normalisation(Path(settings["start"]))
+        if (place / "last.ckpt").is_file():
+            keys["ckpt_path"] = str(place / "last.ckpt")
+        for part in ("split_dataset", "test_file_path"):
+            content.data.pop(part, None)
+        for key, value in keys.items():
+            OmegaConf.update(content, key, value, merge=False, force_add=True)
+        # upstream would prefer a file of the same name in the current folder
+        write_text(place / f"{_NAME}.yaml", OmegaConf.to_yaml(content))
+        command = [str(Path(sys.executable).parent / "nequip-train"), "-cd", str(place), "-cn", _NAME]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with (place / "output.log").open("a") as log:
+            code = subprocess.run(command, stdout=log, stderr=log, env=env, check=False).returncode
+        if code or not self.model(place).is_file():
+            raise ValueError(f"nequip-train in {place} failed: its output is in {place / 'output.log'}")
+
+    def model(self, place: Path) -> Path:
+        return place / "best.ckpt"
+
+    def curve(self, place: Path) -> list[tuple[int, float, float]]:
+        points: dict[int, tuple[float, float]] = {}
+        for path in sorted((place / "lightning_logs").glob("*/metrics.csv"), key=lambda p: p.stat().st_mtime):
+            with path.open() as handle:
+                for row in csv.DictReader(handle):
+                    if row.get(_FORCES):
+                        points[int(row["epoch"])] = (1e3 * float(row[_ENERGY]), 1e3 * float(row[_FORCES]))
+        return [(epoch, e, f) for epoch, (e, f) in sorted(points.items())]
+
+    def batch_size(self, settings: Mapping[str, Any]) -> int:
+        return int(settings["batch_size"] if "batch_size" in settings else compose(self.config).get("batch_size", 1))
