@@ -93,7 +93,7 @@ def trajectory(
         if number == 0:
             thermalize_momenta(atoms, temperature_K=temperature, rng=rng)
             duration = max(schedule.equilibration, schedule.timestep)
-        atoms.calc = potential.calculator(atoms)
+        atoms.calc = potential.calculator(start)  # a force field keeps the bonds of the start
         dynamics = Langevin(
             atoms, schedule.timestep * units.fs, temperature_K=temperature, friction=schedule.friction / units.fs,
             fixcm=False, rng=rng,

@@ -35,4 +35,4 @@ def distill(
     report = write_report(settings, outcome)
     console.print(verdict(outcome), highlight=False)
     console.print(f"student: {outcome.fits['finetune'].model}", highlight=False)
-    console.print(f"written: {report}, report.json, curves.png and parity.png beside it", highlight=False)
+    console.print(f"written: {report}, beside it JSON and plots", highlight=False)

@@ -173,6 +173,7 @@ class Distillation(_Strict):
         device, dtype: of trainings.
         workers: processes of dynamics and labels.
         seed: of everything.
+        report: name of the report's files, so that several configs can share a folder and with it finished stages.
     """
 
     folder: Path
@@ -187,6 +188,7 @@ class Distillation(_Strict):
     dtype: Literal["float32", "float64"] = "float32"
     workers: int = Field(1, ge=1)
     seed: int = 0
+    report: str = Field("report", pattern=r"^[\w.-]+$")
 
 
 def _none_of_ours(flags: dict[str, Any]) -> None:

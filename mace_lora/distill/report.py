@@ -64,11 +64,12 @@ def verdict(outcome: Outcome) -> str:
 
 
 def write_report(config: Distillation, outcome: Outcome) -> Path:
-    """Write ``report.md``, ``report.json``, ``curves.png`` and ``parity.png``.
+    """Write ``report.md``, ``report.json``, ``report_curves.png`` and ``report_parity.png``.
 
     Returns:
         the Markdown file.
     """
+    curves, pairs = (config.folder / f"{config.report}_{what}.png" for what in ("curves", "parity"))
     counts = json.loads((outcome.synthetic / "counts.json").read_text())
     lines = [f"**{verdict(outcome)}**", "", f"Test: {outcome.evaluations['finetune']['frames']} quantum frames.", ""]
     lines += _table(outcome)
@@ -86,21 +87,21 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
         "",
         *_times(outcome),
         "",
-        f"![curves](curves.png) ![parity](parity.png)\n\n{datetime.date.today()}, {config.device}, "
+        f"![curves]({curves.name}) ![parity]({pairs.name})\n\n{datetime.date.today()}, {config.device}, "
         f"{len(os.sched_getaffinity(0))} cores, seed {config.seed}.",
     ]
-    _curves(outcome.fits, config.folder / "curves.png")
+    _curves(outcome.fits, curves)
     shown = {_NAMES[k]: _predictions(v["folder"]) for k, v in outcome.evaluations.items() if k != "pretrain"}
-    parity(shown, config.folder / "parity.png")
+    parity(shown, pairs)
     content = {
         "verdict": verdict(outcome), "comparison": comparison(outcome) if "direct" in outcome.fits else None,
         "evaluations": outcome.evaluations, "ms_per_evaluation": outcome.speed, "synthetic": counts,
         "seconds": outcome.seconds,
         "fits": {k: {"model": str(v.model), "lr": v.lr, "steps": v.steps} for k, v in outcome.fits.items()},
     }  # fmt: skip
-    write_text(config.folder / "report.json", json.dumps(content, indent=1) + "\n")
-    write_text(config.folder / "report.md", "\n".join(lines) + "\n")
-    return config.folder / "report.md"
+    write_text(config.folder / f"{config.report}.json", json.dumps(content, indent=1) + "\n")
+    write_text(config.folder / f"{config.report}.md", "\n".join(lines) + "\n")
+    return config.folder / f"{config.report}.md"
 
 
 def _table(outcome: Outcome) -> list[str]:

@@ -231,3 +231,29 @@ def test_frames_a_method_cannot_describe():
         open_labeler("mmff94").label(water())
     with pytest.raises(ValueError, match="emt: the model does not know Fe"):
         open_labeler("emt").label(bulk("Fe"))
+
+
+def test_force_fields_keep_the_bonds_they_were_made_for():
+    """Dynamics may stretch a bond beyond what would be seen as one; another molecule gets its own."""
+    pytest.importorskip("rdkit")
+    from ase.build import molecule
+
+    from mace_lora.augment import open_labeler
+
+    methane = molecule("CH4")
+    labeler = open_labeler("mmff94")
+    moving = methane.copy()
+    moving.calc = labeler.calculator(methane)
+    before = moving.get_potential_energy()
+    moving.positions[1] += 1.4 * (moving.positions[1] - moving.positions[0])
+    stretched, forces = moving.get_potential_energy(), moving.get_forces()
+    assert stretched > before + 3.0
+    moving.positions[1, 0] += 1e-4
+    up = moving.get_potential_energy()
+    moving.positions[1, 0] -= 2e-4
+    assert -(up - moving.get_potential_energy()) / 2e-4 == pytest.approx(forces[1, 0], rel=1e-4)
+    with pytest.raises(ValueError, match="mmff94: it has no parameters"):
+        labeler.label(moving)  # a frame of its own: what is in its geometry
+    ethane = molecule("C2H6")
+    ethane.calc = moving.calc
+    assert ethane.get_potential_energy() == pytest.approx(labeler.label(molecule("C2H6")).energy)

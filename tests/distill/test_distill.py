@@ -86,7 +86,7 @@ def test_every_stage_killed_then_whole_then_changed(place):
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
     report = (out / "report.md").read_text()
     assert report.startswith("**") and "student, two stages" in report and "fidelity to the teacher" in report
-    assert all((out / f).stat().st_size for f in ("report.json", "curves.png", "parity.png"))
+    assert all((out / f).stat().st_size for f in ("report.json", "report_curves.png", "report_parity.png"))
     content = json.loads((out / "report.json").read_text())
     assert content["verdict"] in report and content["evaluations"]["finetune"]["frames"] == 12
     assert content["synthetic"]["kept"] <= content["synthetic"]["labelled"] == 36

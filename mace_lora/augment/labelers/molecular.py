@@ -1,11 +1,13 @@
 """Molecular force fields: MMFF94 and UFF by RDKit, water and AMBER models by OpenMM.
 
-They need bonds, which come from the geometry; bond orders come from ``info['smiles']`` where a frame has it,
+They need bonds, which come from the geometry that a calculator is made for and stay, so that dynamics may stretch them
+as far as it likes; bond orders come from ``info['smiles']`` where a frame has it,
 otherwise from RDKit's perception with ``info['charge']``.
 """
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from ase import units
 from ase.calculators.calculator import Calculator, all_changes
 
-from mace_lora.augment.topology import find_bonds, molecules
+from mace_lora.augment.topology import find_bonds
 
 from .registry import Factory, Method
 
@@ -54,7 +56,28 @@ def _molecule(numbers: tuple[int, ...], bonds: tuple[tuple[int, int], ...], smil
     return molecule
 
 
-class RDKitForceField(Calculator):
+class _Bonded(Calculator):
+    """A calculator that knows the bonds of the frame it was made for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: tuple[bytes, tuple[tuple[int, int], ...]] | None = None
+
+    def made_for(self, atoms: ase.Atoms) -> Any:
+        """A calculator with the bonds of a frame; what costs time to set up is shared."""
+        other = copy.copy(self)
+        other.results, other.atoms = {}, None
+        other._own = (atoms.numbers.tobytes(), _pairs(atoms))
+        return other
+
+    def bonds(self, frame: ase.Atoms) -> tuple[tuple[int, int], ...]:
+        """Pairs of bonded atoms: its own, or for another molecule those of the geometry."""
+        if self._own is not None and self._own[0] == frame.numbers.tobytes():
+            return self._own[1]
+        return _pairs(frame)
+
+
+class RDKitForceField(_Bonded):
     """MMFF94 or UFF energies and forces of molecules without periodic boundaries.
 
     Args:
@@ -75,7 +98,7 @@ class RDKitForceField(Calculator):
         frame = self.atoms
         if frame.pbc.any():
             raise ValueError(f"{self.method}: expected a molecule, got periodic boundaries")
-        key = (tuple(int(z) for z in frame.numbers), _pairs(frame), str(frame.info.get("smiles", "")))
+        key = (tuple(int(z) for z in frame.numbers), self.bonds(frame), str(frame.info.get("smiles", "")))
         molecule = _molecule(*key, int(frame.info.get("charge", 0)))
         field = self._field(molecule)
         positions = [float(x) for x in frame.positions.reshape(-1)]
@@ -104,11 +127,10 @@ class RDKitForceField(Calculator):
 
 
 def _rdkit(method: str, argument: str) -> tuple[Factory, str]:
-    calculator = RDKitForceField(method)
-    return (lambda atoms: calculator), {"mmff94": "MMFF94", "uff": "UFF"}[method]
+    return RDKitForceField(method).made_for, {"mmff94": "MMFF94", "uff": "UFF"}[method]
 
 
-class OpenMMForceField(Calculator):
+class OpenMMForceField(_Bonded):
     """An OpenMM force field, flexible (no constraints), PME where periodic.
 
     Every molecule has to match a residue template of the force field by elements and bonds.
@@ -159,7 +181,7 @@ class OpenMMForceField(Calculator):
         import openmm
         from openmm import app, unit
 
-        bonds = _pairs(frame)
+        bonds = self.bonds(frame)
         width = float(np.min(np.linalg.norm(np.array(frame.cell), axis=1))) if frame.pbc.all() else 0.0
         cutoff = round(min(self.cutoff, 0.49 * width), 1) if width else 0.0
         key = (frame.numbers.tobytes(), bonds, cutoff)
@@ -179,13 +201,25 @@ class OpenMMForceField(Calculator):
         return self._contexts[key]
 
 
+def _members(atoms: int, bonds: tuple[tuple[int, int], ...]) -> list[int]:
+    """Number of the molecule of every atom."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    i, j = np.array(bonds, int).reshape(-1, 2).T
+    labels: list[int] = connected_components(
+        coo_array((np.ones(len(i)), (i, j)), shape=(atoms, atoms)), directed=False
+    )[1].tolist()
+    return labels
+
+
 def _topology(frame: ase.Atoms, bonds: tuple[tuple[int, int], ...]) -> Any:
     """OpenMM topology: a residue for every molecule."""
     from openmm import Vec3, app, unit
 
     topology = app.Topology()
     chain = topology.addChain()
-    member = {int(a): m for m, group in enumerate(molecules(find_bonds(frame))) for a in group}
+    member = _members(len(frame), bonds)
     residues: dict[int, Any] = {}
     atoms = []
     for index, symbol in enumerate(frame.get_chemical_symbols()):
@@ -205,7 +239,7 @@ def _openmm(argument: str) -> tuple[Factory, str]:
         calculator = OpenMMForceField(argument)
     except (ValueError, FileNotFoundError) as err:
         raise ValueError(f"labeler: OpenMM cannot read the force field {argument!r} ({err})") from err
-    return (lambda atoms: calculator), f"OpenMM {argument}, flexible"
+    return calculator.made_for, f"OpenMM {argument}, flexible"
 
 
 METHODS = (
