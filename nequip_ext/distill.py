@@ -39,8 +39,8 @@ def compose(path: Path) -> Any:
     return merged
 
 
-def check_config(path: Path) -> None:
-    """The config must have what a student's training changes.
+def check_config(path: Path, overrides: Mapping[str, Any]) -> None:
+    """The config must have what a student's training changes, and the keys that are overridden.
 
     Raises:
         ValueError: a key is missing; which one.
@@ -50,6 +50,18 @@ def check_config(path: Path) -> None:
     for key in ("folder", "lr", "epochs", "data", "autotune.checkpoint"):
         if key not in found:
             raise ValueError(f"{path}: expected the key {key}, as in recipes/configs/nequip_autotune.yaml")
+    for key in overrides:
+        part: Any = content
+        for name in key.split("."):
+            if not isinstance(part, Mapping) or name not in part:
+                raise ValueError(f"{path}: student.flags: it has no key {key}")
+            part = part[name]
+    model = (content.get("training_module") or {}).get("model") or {}
+    if model.get("_target_") != "nequip_ext.Autotuned" or model.get("checkpoint") != "${autotune.checkpoint}":
+        raise ValueError(
+            f"{path}: training_module.model: expected _target_: nequip_ext.Autotuned with checkpoint: "
+            "${autotune.checkpoint}, or the pre-trained weights would not be used"
+        )
 
 
 class NequipStudent:
@@ -59,12 +71,14 @@ class NequipStudent:
         config: YAML of ``nequip-train`` with the keys folder, lr, epochs and autotune.checkpoint.
         overrides: keys (dots for nesting) and values for all trainings.
         seed: of weights and order.
+        device: cpu or cuda.
     """
 
     kind = "nequip"
 
-    def __init__(self, config: Path, overrides: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, config: Path, overrides: Mapping[str, Any], seed: int, device: str = "cpu") -> None:
         self.config, self.overrides, self.seed = config, dict(overrides), seed
+        self.accelerator = "cpu" if device == "cpu" else "gpu"
 
     def settings(self, training: Any, lr: float, start: Path | None) -> dict[str, Any]:
         text = OmegaConf.to_yaml(compose(self.config))  # with the files that it names
@@ -89,6 +103,7 @@ class NequipStudent:
         content = compose(Path(settings["config"]))
         keys = {k: v for k, v in settings.items() if k not in ("config", "composed", "start")}
         keys |= {"folder": str(place), "run": ["train"], "autotune.checkpoint": None}
+        keys |= {"trainer.accelerator": self.accelerator}
         keys |= {"data.train_file_path": str(data[0]), "data.val_file_path": str(data[1])}
         if "start" in settings:
             keys["autotune.checkpoint"] = settings["start"]
@@ -120,5 +135,6 @@ class NequipStudent:
                         points[int(row["epoch"])] = (1e3 * float(row[_ENERGY]), 1e3 * float(row[_FORCES]))
         return [(epoch, e, f) for epoch, (e, f) in sorted(points.items())]
 
-    def batch_size(self, settings: Mapping[str, Any]) -> int:
-        return int(settings["batch_size"] if "batch_size" in settings else compose(self.config).get("batch_size", 1))
+    def steps_per_epoch(self, settings: Mapping[str, Any], frames: int) -> int:
+        size = settings["batch_size"] if "batch_size" in settings else compose(self.config).get("batch_size", 1)
+        return -(-frames // int(size))

@@ -119,17 +119,16 @@ def config(folder: Path, data: Path, source: str, seed: int, count: int, sizes: 
     fixed = np.random.default_rng(0).permutation(len(pool))  # the test structures are the same for every seed
     test, rest = fixed[: sizes["test"]], np.random.default_rng(seed + 1).permutation(fixed[sizes["test"] :])
     held = max(5, count // 5)
-    if len(rest) < count + held:
-        raise ValueError(
-            f"--data: expected {sizes['test'] + count + held} structures for {count} labels, got {len(pool)}"
-        )
-    for name, which in (("train", rest[held : held + count]), ("valid", rest[:held])):
+    if len(rest) < count:
+        raise ValueError(f"--data: expected {sizes['test'] + count} structures for {count} labels, got {len(pool)}")
+    for name, which in (("train", rest[held:count]), ("valid", rest[:held])):
         write(place / f"{name}_{count}.xyz", [pool[i] for i in which])
     write(place / "test.xyz", [pool[i] for i in test])
     for name in ("nequip_data", "nequip_autotune"):
         target = "student" if name == "nequip_autotune" else name
         write_text(place / f"{target}.yaml", (CONFIGS / f"{name}.yaml").read_text())
-    epochs, inner = max(1, sizes["steps"] * 10 // count), "training_module.model.model"
+    epochs, inner = max(1, sizes["steps"] * 10 // (count - held)), "training_module.model.model"
+    gamma = "training_module.lr_scheduler.scheduler.gamma"
     content = {
         "folder": ".", "train": f"train_{count}.xyz", "valid": f"valid_{count}.xyz", "test": "test.xyz", "seed": seed,
         "report": f"n{count}", "teacher": {"labelled": str((folder / f"{named(source)}.xyz").resolve())},
@@ -138,11 +137,17 @@ def config(folder: Path, data: Path, source: str, seed: int, count: int, sizes: 
             "nequip": "student.yaml",
             "flags": {
                 "types": ["C"], "r_max": 4.0, "batch_size": 10, f"{inner}.num_layers": 4, f"{inner}.l_max": 1,
-                f"{inner}.num_features": 32, "training_module.lr_scheduler.scheduler.gamma": 0.05 ** (1 / epochs),
+                f"{inner}.num_features": 32,
             },
-            "pretrain": {"epochs": sizes["pretrain"], "lrs": [0.01]},
-            "finetune": {"epochs": epochs, "lrs": [0.002, 0.005, 0.01]},
-            "direct": {"epochs": epochs, "lrs": [0.002, 0.005, 0.01]},
+            "pretrain": {
+                "epochs": sizes["pretrain"], "lrs": [0.01], "flags": {gamma: 0.05 ** (1 / sizes["pretrain"])},
+            },
+            "finetune": {
+                "epochs": epochs, "lrs": [0.002, 0.005, 0.01], "flags": {gamma: 0.05 ** (1 / epochs)},
+            },
+            "direct": {
+                "epochs": epochs, "lrs": [0.002, 0.005, 0.01], "flags": {gamma: 0.05 ** (1 / epochs)},
+            },
         },
     }  # fmt: skip
     write_text(place / f"n{count}.yaml", yaml.safe_dump(content, sort_keys=False))

@@ -116,12 +116,13 @@ def config(folder: Path, model: str, seed: int, count: int, sizes: dict[str, Any
     place = folder / f"{model}-s{seed}"
     place.mkdir(parents=True, exist_ok=True)
     frames = ase.io.read(folder / "quantum.xyz", ":")
+    frames = [frames[i] for i in np.random.default_rng(0).permutation(len(frames))]
     test, pool = frames[: sizes["test"]], frames[sizes["test"] :]
     held = max(5, count // 5)
-    if len(pool) < count + held:
-        raise ValueError(f"quantum.xyz: expected {sizes['test'] + count + held} frames, got {len(frames)}")
+    if len(pool) < count:
+        raise ValueError(f"quantum.xyz: expected {sizes['test'] + count} frames, got {len(frames)}")
     order = np.random.default_rng(seed).permutation(len(pool))  # smaller sets are parts of the larger ones
-    parts = {"train": order[held : held + count], "valid": order[:held]}
+    parts = {"train": order[held:count], "valid": order[:held]}
     for name, which in parts.items():
         write(place / f"{name}_{count}.xyz", [pool[i] for i in which])
     write(place / "test.xyz", test)
@@ -129,20 +130,20 @@ def config(folder: Path, model: str, seed: int, count: int, sizes: dict[str, Any
     if same is not None:
         labelled, name = (place / f"same_{count}.xyz").resolve(), f"n{count}_same"
         label([bare(pool[i]) for i in parts["train"]], labelled, same)
-    epochs = max(1, sizes["steps"] * 5 // count)
+    epochs = max(1, sizes["steps"] * 5 // (count - held))
     student: dict[str, Any] = dict(MODELS[model]) | {
         "pretrain": {"epochs": sizes["pretrain"] if same is None else epochs, "lrs": [0.01]},
         "finetune": {"epochs": epochs, "lrs": [0.002, 0.005, 0.01]},
         "direct": {"epochs": epochs, "lrs": [0.005, 0.01, 0.02]},
     }
     if model != "mace":
-        energies = "training_module.model.model.per_type_energy_shifts"
-        student["flags"] = dict(student["flags"]) | {
-            "training_module.lr_scheduler.scheduler.gamma": 0.05 ** (1 / epochs)
-        }
-        student["pretrain"]["flags"] = {energies: shifts(ase.io.read(labelled, ":"))}
-        for stage in ("finetune", "direct"):
-            student[stage]["flags"] = {energies: shifts([pool[i] for i in parts["train"]])}
+        few = [pool[i] for i in parts["train"]]
+        energies, gamma = (
+            "training_module.model.model.per_type_energy_shifts",
+            "training_module.lr_scheduler.scheduler.gamma",
+        )
+        for stage, known in (("pretrain", ase.io.read(labelled, ":")), ("finetune", few), ("direct", few)):
+            student[stage]["flags"] = {energies: shifts(known), gamma: 0.05 ** (1 / student[stage]["epochs"])}
         write_text(place / "nequip_data.yaml", (CONFIGS / "nequip_data.yaml").read_text())
         write_text(place / "student.yaml", student_config(model))
     content = {

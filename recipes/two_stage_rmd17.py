@@ -5,8 +5,8 @@ Purpose:  the synthetic-augmentation experiment of the two-stage framework (Hu e
           pre-trained on them and fine-tuned on the same 50 labels; against the same small MACE trained directly
           (decaying learning rate, best epoch by validation, three learning rates).
 Command:  python recipes/two_stage_rmd17.py --data DIR [--molecules aspirin,ethanol --base MACE-OFF23_small.model]
-Data:     rMD17 as npz (coords, energies, forces, nuclear_charges; Å, kcal/mol), files named *MOLECULE*.npz, with "test"
-          in the name of the official test split; doi 10.6084/m9.figshare.12672038.
+Data:     rMD17 as npz (coords, energies, forces, nuclear_charges; Å, kcal/mol), files named like rmd17_MOLECULE.npz,
+          with "test" in the name of the official test split; doi 10.6084/m9.figshare.12672038.
 Cost:     laptop, one CPU thread: ethanol 1 hour, aspirin 2 hours a seed with MACE-OFF23-small; smoke: 5 minutes.
 Writes:   two-stage/MOLECULE-sSEED/ (equitune distill's folders and report) and two-stage/report.md. Stopped, the same
           command goes on.
@@ -57,7 +57,9 @@ ROWS = {"teacher": "teacher", "direct": "directly", "pretrain": "synthetic only"
 def read(folder: Path, molecule: str) -> tuple[list[ase.Atoms], list[ase.Atoms]]:
     """Frames to learn from and test frames; eV, eV/Å."""
     parts: dict[bool, list[ase.Atoms]] = {False: [], True: []}
-    for path in sorted(folder.rglob(f"*{molecule}*.npz")):
+    for path in sorted(folder.rglob("*.npz")):
+        if molecule not in path.stem.split("_"):
+            continue
         data = np.load(path)
         for xyz, energy, forces in zip(data["coords"], data["energies"], data["forces"], strict=True):
             atoms = ase.Atoms(data["nuclear_charges"], positions=xyz)
@@ -65,7 +67,7 @@ def read(folder: Path, molecule: str) -> tuple[list[ase.Atoms], list[ase.Atoms]]
             atoms.arrays["REF_forces"] = np.asarray(forces) * KCAL
             parts["test" in path.name].append(atoms)
     if not parts[False]:
-        raise FileNotFoundError(f"--data: no *{molecule}*.npz in {folder}")
+        raise FileNotFoundError(f"--data: no npz with {molecule} between underscores of its name in {folder}")
     if not parts[True]:  # one file: its second half
         half = len(parts[False]) // 2
         return parts[False][:half], parts[False][half:]
@@ -175,6 +177,10 @@ def main(
         raise typer.BadParameter(f"no file {base}", param_hint="--base")
     command = f"python recipes/two_stage_rmd17.py --data DIR --molecules {molecules} --seeds {seeds} --scale {scale}"
     command += "" if base == "embedded" else f" --base {Path(base).name}"
+    settings, file = {"scale": scale, "base": Path(base).name, "data": str(data.resolve())}, folder / "settings.json"
+    if file.is_file() and json.loads(file.read_text()) != settings:
+        raise typer.BadParameter(f"{folder} holds runs of {json.loads(file.read_text())}", param_hint="--folder")
+    write_text(file, json.dumps(settings) + "\n")
     for seed in seeds.split(","):
         for molecule in molecules.split(","):
             place = folder / f"{molecule}-s{seed}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import ase
 import ase.io
 import numpy as np
 
-from mace_lora.atomic import atomic_path
-from mace_lora.augment import Schedule, label, open_labeler, sample_md
+from mace_lora.atomic import atomic_path, write_text
+from mace_lora.augment import Schedule, frame_key, label, open_labeler, sample_md
 from mace_lora.augment.perturb import bare
 from mace_lora.evaluate.metrics import Errors, errors, predict
 from mace_lora.mace_plugin.launch import train
@@ -80,7 +81,7 @@ def pilot(
         say: gets a line for every step.
 
     Raises:
-        ValueError: too few frames, or a potential or a training that fails.
+        ValueError: too few frames, a potential or a training that fails, or a folder of another pilot.
     """
     if len(frames) < 6:
         raise ValueError(f"frames: expected at least 6 for a pilot, got {len(frames)}")
@@ -89,12 +90,21 @@ def pilot(
     count = min(50, 2 * len(frames) // 3)
     chosen = [frames[i] for i in order[: min(len(frames), count + 50)]]
     few, held = chosen[:count], chosen[count:]
+    settings = {
+        "frames": [frame_key(a, f"{a.info[energy_key]:.9f}") for a in chosen],
+        "potential": open_labeler(with_).identity, "classical": classical, "epochs": epochs,
+        "temperatures": list(temperatures), "seed": seed,
+    }  # fmt: skip
+    file = folder / "settings.json"
+    if file.is_file() and json.loads(file.read_text()) != settings:
+        raise ValueError(f"{folder}: its pilot is of other frames or settings; give another folder, or remove it")
+    write_text(file, json.dumps(settings) + "\n")
     for name, part in (("train", few), ("valid", held)):
         _write(folder / f"{name}.xyz", part, energy_key, forces_key)
     labelled = folder / "classical.xyz"
     if not labelled.exists():
         say(f"pilot: {classical} frames from dynamics with {with_}")
-        starts = [bare(a) for a in few[:_STARTS]]
+        starts = _starts(few)
         each = -(-classical // (len(starts) * len(temperatures)))
         schedules = [Schedule(t, t, each, 20.0, 0.5, 0.02, 200.0) for t in temperatures]
         sampled = folder / "sampled.xyz"
@@ -113,6 +123,16 @@ def pilot(
         model = train(flags | more, folder / name)
         found[name] = errors(predict(open_labeler(f"mace:{model}"), held, energy_key, forces_key))
     return Pilot(len(few), len(held), found["scratch"], found["autotuned"])
+
+
+def _starts(few: Sequence[ase.Atoms]) -> list[ase.Atoms]:
+    """A few frames that have every element of all."""
+    missing, found = {z for a in few for z in a.numbers}, list[ase.Atoms]()
+    for atoms in few:
+        if len(found) < _STARTS or missing & {*atoms.numbers}:
+            found.append(bare(atoms))
+            missing -= {*atoms.numbers}
+    return found
 
 
 def _write(path: Path, frames: Sequence[ase.Atoms], energy_key: str, forces_key: str) -> None:

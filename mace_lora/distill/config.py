@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-import ase.io
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mace_lora.augment import Schedule, open_labeler
-from mace_lora.mace_plugin.launch import check_flags, with_files
+from mace_lora.augment import Schedule
+from mace_lora.mace_plugin.launch import with_files
 
 __all__ = ["Distillation", "Filter", "Student", "Synthetic", "Teacher", "Training", "read_config"]
 
@@ -97,7 +95,7 @@ class Filter(_Strict):
 
     Attributes:
         deviation: largest force deviation of the committee, meV/Å.
-        energy: eV per atom above the lowest quantum training frame of the same composition.
+        energy: eV per atom above the lowest synthetic frame of the same composition.
         force: largest force of an atom, eV/Å.
         duplicates: distance of the teacher's features below which a frame repeats an earlier one; needs a MACE teacher.
     """
@@ -195,6 +193,8 @@ def _none_of_ours(flags: dict[str, Any]) -> None:
     ours = [k for k in flags if k in _OURS]
     if ours:
         raise ValueError(f"flags: {ours[0]} is set by the command; leave it out")
+    if flags.get("swa"):
+        raise ValueError("flags: swa: the model of the second stage would not be used; leave it out")
 
 
 def read_config(path: Path) -> Distillation:
@@ -220,68 +220,26 @@ def read_config(path: Path) -> Distillation:
     for file in (config.train, config.valid, config.test):
         if not file.is_file():
             raise FileNotFoundError(f"{path}: no file {file}")
-    for part in (config.teacher, config.student):
-        part.flags = with_files(part.flags, str, base)
+    student = config.student
+    for part in (config.teacher, student, student.pretrain, student.finetune, student.direct):
+        if part is not None:
+            part.flags = with_files(part.flags, str, base)
+    config.teacher.potential = _beside(config.teacher.potential, base)
     for part, name in ((config.teacher, "labelled"), (config.student, "nequip")):
         if getattr(part, name) is not None:
             setattr(part, name, base / getattr(part, name))
             if not getattr(part, name).is_file():
                 raise FileNotFoundError(f"{path}: {name}: no file {getattr(part, name)}")
-    _check_flags(config, path)
-    _check_frames(config, path)
+    from .checks import check_flags_of, check_frames
+
+    check_flags_of(config, path)
+    check_frames(config, path)
     return config
 
 
-def _check_flags(config: Distillation, path: Path) -> None:
-    if config.teacher.potential is not None:
-        open_labeler(config.teacher.potential)
-    elif config.teacher.labelled is None:
-        for flag in ("foundation_model", "max_num_epochs", "lr", "E0s"):
-            if flag not in config.teacher.flags:
-                raise ValueError(
-                    f"{path}: teacher.flags: expected {flag}; equitune export-base writes a foundation model"
-                )
-        model = config.teacher.flags["foundation_model"]
-        if "/" in str(model) and not Path(model).is_file():
-            raise FileNotFoundError(f"{path}: teacher.flags.foundation_model: no file {model}")
-        check_flags(config.teacher.flags, f"{path}: teacher.flags")
-    if config.student.nequip is not None:
-        _check_nequip(config, path)
-        return
-    check_flags(config.student.flags, f"{path}: student.flags")
-    for name in ("pretrain", "finetune", "direct"):
-        training = getattr(config.student, name)
-        if training is not None:
-            check_flags(config.student.flags | training.flags, f"{path}: student.{name}.flags")
-
-
-def _check_nequip(config: Distillation, path: Path) -> None:
-    if importlib.util.find_spec("nequip") is None:
-        raise ValueError(
-            f"{path}: student.nequip: NequIP is not installed in this environment (it cannot share one with MACE); run "
-            "the command in NequIP's, with teacher.potential or teacher.labelled"
-        )
-    from nequip_ext.distill import check_config
-
-    assert config.student.nequip is not None
-    check_config(config.student.nequip)
-
-
-def _check_frames(config: Distillation, path: Path) -> None:
-    """Quantum frames must be sound, and no test frame may be among those that are learnt from."""
-    from mace_lora.data.check import require_sound
-
-    seen: dict[bytes, str] = {}
-    for name in ("train", "valid", "test"):
-        frames = ase.io.read(getattr(config, name), ":")
-        require_sound(frames, say=lambda text, name=name: print(f"{name}: {text}"))  # type: ignore[misc]
-        for index, atoms in enumerate(frames):
-            place = atoms.numbers.tobytes() + atoms.positions.round(5).tobytes()
-            where = f"frame {index} of {name}"
-            if place in seen and not seen[place].endswith(f"of {name}"):
-                raise ValueError(
-                    f"{path}: {where} is also {seen[place]}: labels leak between them; make the parts disjoint"
-                )
-            seen[place] = where
-    if config.synthetic.strain and not all(a.pbc.all() for a in ase.io.read(config.train, ":")):
-        raise ValueError(f"{path}: synthetic.strain: expected periodic training frames")
+def _beside(potential: str | None, base: Path) -> str | None:
+    """A potential with the files in its name looked for beside the config."""
+    if potential is None or ":" not in potential:
+        return potential
+    kind, _, argument = potential.partition(":")
+    return f"{kind}:" + "+".join(str(base / part) if (base / part).exists() else part for part in argument.split("+"))

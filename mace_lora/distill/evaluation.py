@@ -19,7 +19,7 @@ from mace_lora.augment.perturb import bare
 from mace_lora.evaluate.metrics import Predictions, errors, intervals, predict
 from mace_lora.lora.energies import solve_offsets
 
-__all__ = ["evaluate_model", "measure_speed"]
+__all__ = ["evaluate_model", "measure_speed", "validate"]
 
 _TIMED = 15
 
@@ -39,11 +39,14 @@ def evaluate_model(potential: str, test: Path, train: Path, place: Path) -> None
     known, frames = ase.io.read(train, ":"), ase.io.read(test, ":")
     found, fitted = predict(labeler, frames), predict(labeler, known)
     zs = sorted({int(z) for a in [*known, *frames] for z in a.numbers})
-    offsets = solve_offsets(_counts(known, zs), fitted.energy_label - fitted.energy)
+    has = np.isfinite(fitted.energy_label)
+    left = (fitted.energy_label - fitted.energy)[has]
+    offsets = solve_offsets(_counts(known, zs)[has], left) if has.any() else np.zeros(len(zs))
     shifted = 1e3 * np.abs(found.energy + _counts(frames, zs) @ offsets - found.energy_label) / found.atoms
+    refit = float(np.nanmean(shifted)) if np.isfinite(shifted).any() else float("nan")
     low_high: dict[str, Any] = intervals(found)
     content = {
-        "errors": vars(errors(found)), "intervals": low_high, "mae_e_refit": float(shifted.mean()),
+        "errors": vars(errors(found)), "intervals": low_high, "mae_e_refit": refit,
         "frames": len(frames), "atoms": len(frames[0]),
     }  # fmt: skip
     _save(found, place)
@@ -53,6 +56,17 @@ def evaluate_model(potential: str, test: Path, train: Path, place: Path) -> None
 def _counts(frames: list[ase.Atoms], zs: list[int]) -> np.ndarray:
     """(frames, elements) numbers of atoms."""
     return np.array([[(a.numbers == z).sum() for z in zs] for a in frames], float)
+
+
+def validate(potential: str, valid: Path, place: Path) -> None:
+    """Write ``valid.json``: MAE of energy (meV/atom) and forces (meV/Å) of a model on its validation frames."""
+    row = errors(predict(open_labeler(potential), ase.io.read(valid, ":")))
+    found = {"mae_e": row.mae_e, "mae_f": row.mae_f}
+    labelled = {"mae_e": "REF_energy", "mae_f": "REF_forces"}
+    for key, label in labelled.items():
+        if not any(label in a.info or label in a.arrays for a in ase.io.read(valid, ":")):
+            found[key] = None  # type: ignore[assignment]
+    write_text(place / "valid.json", json.dumps(found) + "\n")
 
 
 def measure_speed(potentials: Mapping[str, str], test: Path, place: Path) -> None:

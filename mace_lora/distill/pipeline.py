@@ -16,7 +16,7 @@ from mace_lora.augment import open_labeler
 from mace_lora.mace_plugin import launch
 
 from .config import Distillation, Training
-from .evaluation import evaluate_model, measure_speed
+from .evaluation import evaluate_model, measure_speed, validate
 from .stages import Stages
 from .students import Framework, default_flags, framework, plain
 from .synthesis import label_frames, make_frames, select_frames
@@ -33,7 +33,8 @@ class Fit:
         lr: learning rate chosen on the validation frames.
         epochs, steps: of this training, steps of the optimiser in all.
         curve: (epoch, energy MAE in meV/atom, force MAE in meV/Å) on its validation frames.
-        sweep: learning rate -> validation score, geometric mean of both MAE.
+        sweep: learning rate -> validation score of the saved model, geometric mean of both MAE.
+        valid: energy MAE (meV/atom) and force MAE (meV/Å) of the saved model on its validation frames.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Fit:
     steps: int
     curve: list[tuple[int, float, float]]
     sweep: dict[float, float]
+    valid: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -135,24 +137,49 @@ def _filtered(config: Distillation, stages: Stages, teachers: list[str], labelle
 
 
 def _name(teacher: str) -> str:
-    """Identity of a potential without the place of its file, so that a moved folder stays valid."""
-    return open_labeler(teacher).identity.rpartition("/")[2]
+    """Identity of a potential without the place of its files, so that a moved folder stays valid."""
+    identity = open_labeler(teacher).identity
+    return f"{identity.partition(':')[0]}#{identity.rpartition('#')[2]}" if "#" in identity else identity
 
 
 def _fit(
     how: Framework, stages: Stages, name: str, training: Training, data: tuple[Path, Path], start: Path | None = None
 ) -> Fit:
-    """One training for each learning rate; the best on its validation frames."""
+    """One training for each learning rate; the saved model that is best on the validation frames."""
     every = {lr: how.settings(training, lr, start) for lr in training.lrs}
+
+    def make(mine: dict[str, Any], place: Path) -> None:
+        how.train(mine, data, place)
+        validate(f"{how.kind}:{how.model(place)}", data[1], place)
+
     found = {
-        lr: stages.run(f"{name}-lr{lr:g}", plain(mine), data, functools.partial(how.train, mine, data))
+        lr: stages.run(f"{name}-lr{lr:g}", plain(mine), data, functools.partial(make, mine))
         for lr, mine in every.items()
     }
-    curves = {lr: how.curve(place) for lr, place in found.items()}
-    scores = {lr: min((float(np.sqrt(e * f)) for _, e, f in curve), default=np.inf) for lr, curve in curves.items()}
+    valid = {lr: json.loads((place / "valid.json").read_text()) for lr, place in found.items()}
+    scores = {lr: _score(row) for lr, row in valid.items()}
     best = min(scores, key=lambda lr: scores[lr])
-    steps = training.epochs * -(-len(ase.io.read(data[0], ":")) // how.batch_size(every[best]))
-    return Fit(how.model(found[best]), best, training.epochs, steps, curves[best], scores)
+    if not np.isfinite(scores[best]):
+        raise ValueError(f"student.{name}: the model is not finite on its validation frames at any of {training.lrs}")
+    frames = sum(a.info.get("config_type") != "IsolatedAtom" for a in ase.io.read(data[0], ":"))
+    steps = training.epochs * how.steps_per_epoch(every[best], frames)
+    row = valid[best]
+    return Fit(
+        how.model(found[best]),
+        best,
+        training.epochs,
+        steps,
+        how.curve(found[best]),
+        scores,
+        (row["mae_e"], row["mae_f"]),
+    )
+
+
+def _score(row: dict[str, float]) -> float:
+    """Geometric mean of the energy and force MAE, or the one that there are labels for; infinite where not finite."""
+    known = [row[k] for k in ("mae_e", "mae_f") if row[k] is not None]
+    value = float(np.prod(known)) ** (1 / len(known)) if known else np.inf
+    return value if np.isfinite(value) else np.inf
 
 
 def _evaluate(config: Distillation, stages: Stages, name: str, potential: str) -> dict[str, Any]:

@@ -57,6 +57,9 @@ def verdict(outcome: Outcome) -> str:
         return "Two-stage student (no direct training was asked for, so there is nothing to compare with)."
     c = comparison(outcome)
     e, f = 100 * c["improvement_e"], 100 * c["improvement_f"]
+    if not np.isfinite(e):  # no energy labels
+        better = f"force error {abs(f):.0f} % {'lower' if f > 0 else 'higher'}"
+        return f"Two stages beat direct training: {better}." if f > 0 else f"WORSE THAN DIRECT TRAINING: {better}."
     if min(e, f) > 0:
         return f"Two stages beat direct training: energy error {e:.0f} % lower, force error {f:.0f} % lower."
     worse = " and ".join(f"{what} ({-x:.0f} % higher)" for what, x in (("energy", e), ("force", f)) if x <= 0)
@@ -75,13 +78,13 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
     lines += _table(outcome)
     if "direct" in outcome.fits:
         lines += ["", _iterations(outcome)]
-    fidelity = outcome.fits["pretrain"].curve[-1]
+    fidelity = outcome.fits["pretrain"].valid
     dropped = ", ".join(f"{v} {k}" for k, v in counts["dropped"].items() if v) or "none"
     lines += [
         "",
         f"Synthetic frames: {counts['kept']} of {counts['labelled']} kept (dropped: {dropped}). The pre-trained "
         f"student repeats the teacher's labels on {counts['for_validation']} held-out synthetic frames to "
-        f"{fidelity[1]:.2f} meV/atom and {fidelity[2]:.1f} meV/Å; this is fidelity to the teacher, not accuracy.",
+        f"{fidelity[0]:.2f} meV/atom and {fidelity[1]:.1f} meV/Å; this is fidelity to the teacher, not accuracy.",
         "",
         *_rates(outcome),
         "",

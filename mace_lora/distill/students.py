@@ -38,8 +38,8 @@ class Framework(Protocol):
     def curve(self, place: Path) -> list[tuple[int, float, float]]:
         """(epoch, energy MAE in meV/atom, force MAE in meV/Å) on the validation frames."""
 
-    def batch_size(self, settings: Mapping[str, Any]) -> int:
-        """Frames of a step."""
+    def steps_per_epoch(self, settings: Mapping[str, Any], frames: int) -> int:
+        """Steps of the optimiser for so many training frames."""
 
 
 def framework(config: Distillation) -> Framework:
@@ -48,7 +48,7 @@ def framework(config: Distillation) -> Framework:
         return MaceStudent(config)
     from nequip_ext.distill import NequipStudent
 
-    return NequipStudent(config.student.nequip, config.student.flags, config.seed + 1)
+    return NequipStudent(config.student.nequip, config.student.flags, config.seed + 1, config.device)
 
 
 class MaceStudent:
@@ -76,8 +76,8 @@ class MaceStudent:
     def curve(self, place: Path) -> list[tuple[int, float, float]]:
         return launch.validation_curve(place)
 
-    def batch_size(self, settings: Mapping[str, Any]) -> int:
-        return int(settings["batch_size"])
+    def steps_per_epoch(self, settings: Mapping[str, Any], frames: int) -> int:
+        return frames // int(settings["batch_size"])  # upstream leaves an incomplete batch out
 
 
 def default_flags(config: Distillation, epochs: int) -> dict[str, Any]:

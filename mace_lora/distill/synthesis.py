@@ -16,6 +16,7 @@ from mace_lora.augment import committee_deviation, features, keep_sound, label, 
 from mace_lora.augment.perturb import bare
 from mace_lora.augment.selection import unique
 
+from .checks import geometry_key
 from .config import Distillation, Filter, Synthetic
 
 __all__ = ["label_frames", "make_frames", "select_frames"]
@@ -42,12 +43,14 @@ def make_frames(config: Distillation, teacher: str, place: Path) -> None:
         frames += ase.io.read(trajectories, ":")
         if (place / "md_dropped.json").is_file():
             dropped.update(json.loads((place / "md_dropped.json").read_text()))
-    frames += keep_sound(_changed(quantum, settings, config.seed), dropped=dropped)
+    frames += keep_sound(_changed(quantum, settings, config.seed, dropped), dropped=dropped)
     write_frames(place / "sampled.xyz", [bare(a) for a in frames])
     write_text(place / "dropped.json", json.dumps(dropped) + "\n")
 
 
-def _changed(quantum: Sequence[ase.Atoms], settings: Synthetic, seed: int) -> Iterator[ase.Atoms]:
+def _changed(
+    quantum: Sequence[ase.Atoms], settings: Synthetic, seed: int, dropped: Counter[str]
+) -> Iterator[ase.Atoms]:
     for index, atoms in enumerate(quantum):
         for kind, count in enumerate((settings.rattle, settings.strain, settings.stretch)):
             for copy in range(count):
@@ -57,7 +60,10 @@ def _changed(quantum: Sequence[ase.Atoms], settings: Synthetic, seed: int) -> It
                 elif kind == 1:
                     yield strain(atoms, settings.strain_largest, rng)
                 else:
-                    yield stretch_bond(atoms, rng, settings.stretch_low, settings.stretch_high)
+                    try:
+                        yield stretch_bond(atoms, rng, settings.stretch_low, settings.stretch_high)
+                    except ValueError:  # no bond, or all of them in rings
+                        dropped["no bond to stretch"] += 1
 
 
 def label_frames(sampled: Path, teacher: str, workers: int, place: Path) -> None:
@@ -80,8 +86,8 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
         keep = deviation <= config.filter.deviation
         dropped["the committee disagrees"] = int((~keep).sum())
         frames = [a for a, k in zip(frames, keep, strict=True) if k]
-    quantum, test = ase.io.read(config.train, ":"), ase.io.read(config.test, ":")
-    frames = _by_labels(frames, quantum, config.filter, dropped)
+    test = ase.io.read(config.test, ":")
+    frames = _by_labels(frames, config.filter, dropped)
     source = _source(committee[0]) if committee else None
     frames = _not_among(frames, test, source, dropped)
     if config.filter.duplicates is not None and frames:
@@ -106,16 +112,14 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
     write_text(place / "counts.json", json.dumps(content, indent=1) + "\n")
 
 
-def _by_labels(
-    frames: list[ase.Atoms], quantum: list[ase.Atoms], limits: Filter, dropped: dict[str, int]
-) -> list[ase.Atoms]:
+def _by_labels(frames: list[ase.Atoms], limits: Filter, dropped: dict[str, int]) -> list[ase.Atoms]:
     """Frames within the windows of force and energy."""
     if limits.force is not None:
         kept = [a for a in frames if np.linalg.norm(a.arrays["REF_forces"], axis=1).max() <= limits.force]
         dropped["large force"], frames = len(frames) - len(kept), kept
     if limits.energy is not None:
-        lowest: dict[str, float] = {}
-        for a in quantum:
+        lowest: dict[str, float] = {}  # of the same level: another one has another zero
+        for a in frames:
             formula = a.get_chemical_formula()
             lowest[formula] = min(lowest.get(formula, np.inf), float(a.info["REF_energy"]))
         kept = [
@@ -135,8 +139,8 @@ def _not_among(
     if not frames:
         return frames
     if source is None:  # no features: equal positions only
-        places = {a.numbers.tobytes() + a.positions.round(3).tobytes() for a in test}
-        kept = [a for a in frames if a.numbers.tobytes() + a.positions.round(3).tobytes() not in places]
+        places = {geometry_key(a, 3) for a in test}
+        kept = [a for a in frames if geometry_key(a, 3) not in places]
     else:
         values = features([*test, *frames], source)
         far = cKDTree(values[: len(test)]).query(values[len(test) :])[0] > _SAME

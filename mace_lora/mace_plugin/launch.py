@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +12,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_flags", "start", "train", "validation_curve", "with_files"]
+from .protocol import TrainPlugin
+
+__all__ = ["LAUNCHED", "LaunchedPlugin", "check_flags", "start", "train", "validation_curve", "with_files"]
+
+
+LAUNCHED = "EQUITUNE_LAUNCHED"
+
+
+class LaunchedPlugin(TrainPlugin):
+    """Gives every training that we start whole checkpoints, their best loss, EMA and a lock on its folder."""
+
+    name = "launched"
+    flag, leaves = "equitune", "what equitune adds to checkpoints of its own trainings"
+
+    def enabled(self, args: argparse.Namespace) -> bool:
+        return os.environ.get(LAUNCHED) == "1"
 
 
 def start(flags: Mapping[str, Any], log: Path) -> subprocess.Popen[bytes]:
@@ -24,12 +41,31 @@ def start(flags: Mapping[str, Any], log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         return subprocess.Popen(
-            command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        )
+            command, stdout=output, stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", LAUNCHED: "1"},
+        )  # fmt: skip
+
+
+@functools.cache
+def _parser() -> Any:
+    from mace.tools.arg_parser import build_default_arg_parser
+
+    from .startup import install
+
+    install()
+    return build_default_arg_parser()
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+    """Flags as on the command line: some take true or false as their value, others stand alone."""
+    alone = {o for action in _parser()._actions if action.nargs == 0 for o in action.option_strings}
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, bool) and f"--{name}" in alone:
+            words += [f"--{name}"] if value else []
+        else:
+            words.append(f"--{name}={value}")
+    return words
 
 
 def train(flags: Mapping[str, Any], folder: Path) -> Path:
@@ -90,24 +126,20 @@ def check_flags(flags: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: an unknown flag or a value of another kind.
     """
-    from mace.tools.arg_parser import build_default_arg_parser
-
-    from .startup import install
-
-    install()
-    parser = build_default_arg_parser()
-    problem = ""
+    parser, problem = _parser(), ""
 
     def fail(message: str) -> None:
         nonlocal problem
         problem = problem or message
         raise ValueError(message)
 
-    parser.error = fail  # type: ignore[assignment, method-assign]
+    before, parser.error = parser.error, fail
     try:
         parser.parse_args(["--name=run", *_words(flags)])
     except (ValueError, SystemExit) as err:
         raise ValueError(f"{where}: {problem or err}") from None
+    finally:
+        parser.error = before
 
 
 def validation_curve(folder: Path) -> list[tuple[int, float, float]]:

@@ -21,6 +21,7 @@ __all__ = ["GROUP", "Run", "SettingsError", "TrainPlugin", "current_run", "load_
 GROUP = "mace.run_train"
 _OURS = {
     "autotune": "mace_lora.autotune.mace:AutotunePlugin",
+    "launched": "mace_lora.mace_plugin.launch:LaunchedPlugin",
     "lora": "mace_lora.lora.mace:LoraPlugin",
     "multiscale": "mace_lora.multiscale.mace:MultiscalePlugin",
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ase.io
 import pytest
+import torch
 
 from mace_lora.autotune.pilot import Pilot, pilot
 from mace_lora.evaluate.metrics import Errors
@@ -31,15 +32,24 @@ def test_pilot_trains_both_and_continues(tmp_path):
     assert (tmp_path / "autotuned" / "run_classical.model").is_file()
     assert not (tmp_path / "scratch" / "run_classical.model").exists()
     assert validation_curve(tmp_path / "scratch")[-1][0] == 1
+    checkpoint = torch.load(next((tmp_path / "scratch" / "checkpoints").glob("*.pt")), weights_only=False)
+    assert checkpoint["equitune"]["best_loss"] and checkpoint["equitune"]["ema"]  # plain trainings of ours too
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.model")}
     assert pilot(few, "uff", tmp_path, **options) == found
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.model")}
+    with pytest.raises(ValueError, match="its pilot is of other frames or settings"):
+        pilot(few, "mmff94", tmp_path, **options)
     ase.io.write(tmp_path / "few.xyz", few, format="extxyz")
     done = subprocess.run(
-        [PROGRAM, "transfer-check", "few.xyz", "--with", "uff", "--pilot", ".", "--json"], cwd=tmp_path, check=True,
+        [PROGRAM, "transfer-check", "few.xyz", "--with", "uff", "--json"], cwd=tmp_path, check=True,
         capture_output=True, text=True,
     )  # fmt: skip
-    assert json.loads(done.stdout)["pilot"]["gain"] == pytest.approx(found.gain)
+    assert json.loads(done.stdout)["frames"] == 12
+    other = subprocess.run(
+        [PROGRAM, "transfer-check", "few.xyz", "--with", "uff", "--pilot", "."], cwd=tmp_path, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert other.returncode == 2 and "its pilot is of other frames or settings" in other.stderr
 
 
 def test_verdicts():

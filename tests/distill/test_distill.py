@@ -51,6 +51,7 @@ def place(tmp_path_factory):
         ase.io.write(folder / f"{name}.xyz", part, format="extxyz")
     subprocess.run([PROGRAM, "export-base", "base.model"], cwd=folder, check=True, capture_output=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    ase.io.write(folder / "unlabelled.xyz", [ase.Atoms("H2", [[0, 0, 0], [0, 0, 0.8]])] * 3)
     return folder
 
 
@@ -194,6 +195,10 @@ def test_stage_is_kept_by_content(tmp_path):
         ({"student.finetune.lrs": [0.1, 0.1]}, "lrs: expected different numbers > 0"),
         ({"student.pretrain.epochs": 0}, "student.pretrain.epochs: Input should be greater than or equal to 1, got 0"),
         ({"synthetic.temperatures": [], "synthetic.rattle": 0, "synthetic.stretch": 0}, "synthetic: nothing to make"),
+        ({"student.flags.swa": True}, "flags: swa: the model of the second stage would not be used"),
+        ({"teacher.flags.foundation_model": "gone.model"}, "foundation_model: no file gone.model"),
+        ({"teacher": {"potential": "emt"}}, "filter.duplicates: needs the features of a MACE teacher"),
+        ({"teacher": {"labelled": "unlabelled.xyz"}}, "expected labels REF_energy and REF_forces|labels"),
         ({"synthetic.strain": 2}, "synthetic.strain: expected periodic training frames"),
         ({"test": "valid.xyz"}, "frame 0 of test is also frame 0 of valid: labels leak between them"),
         ({"test": "gone.xyz"}, "no file .*gone.xyz"),
@@ -215,3 +220,31 @@ def test_bad_configs_fail_before_any_compute(place, tmp_path, change, message):
 
 def test_check_only(place):
     assert "config.yaml: sound; nothing was run" in distill(place, "--check")
+
+
+def test_names_of_teachers_keep_what_decides_their_labels(place, tmp_path):
+    """The hash of a potential has its method and the content of its files, not their folder."""
+    pytest.importorskip("pyscf")
+    from mace_lora.distill.pipeline import _name
+
+    assert _name("pyscf:pbe/def2-svp") != _name("pyscf:pbe0/def2-svp")
+    copy = tmp_path / "copy.model"
+    copy.write_bytes((place / "base.model").read_bytes())
+    assert _name(f"mace:{copy}") == _name(f"mace:{place / 'base.model'}")
+
+
+def test_same_place_in_another_cell_is_another_frame():
+    from mace_lora.distill.checks import geometry_key
+
+    one, two = (ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2]], cell=[a] * 3, pbc=True) for a in (4.0, 4.1))
+    near = one.copy()
+    near.positions[0] = [-1e-9, 1e-9, 0]
+    assert geometry_key(one) != geometry_key(two) and geometry_key(one) == geometry_key(near)
+
+
+def test_verdict_without_energy_labels():
+    nan = float("nan")
+    found = outcome(50.0, 100.0, [(0, nan, 90)], [(4, nan, 120)])
+    for row in found.evaluations.values():
+        row["mae_e_refit"] = nan
+    assert verdict(found) == "Two stages beat direct training: force error 50 % lower."

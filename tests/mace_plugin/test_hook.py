@@ -75,7 +75,12 @@ def test_changed_upstream_gives_a_clear_message(monkeypatch):
 
 
 def test_registered_plugins():
-    assert [p.name for p in load_plugins()] == ["autotune", "multiscale", "lora"]  # in the order they are called
+    assert [p.name for p in load_plugins()] == [
+        "autotune",
+        "multiscale",
+        "launched",
+        "lora",
+    ]  # in the order they are called
 
 
 @pytest.mark.usefixtures("double")

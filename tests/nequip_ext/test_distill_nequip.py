@@ -79,14 +79,22 @@ def test_a_killed_training_goes_on(place, tmp_path):
     Training.epochs = 3
     student.train(student.settings(Training, 0.01, None), data, tmp_path)
     assert [epoch for epoch, _, _ in student.curve(tmp_path)] == [0, 1, 2]
-    assert student.batch_size(student.settings(Training, 0.01, None)) == 5
+    assert student.steps_per_epoch(student.settings(Training, 0.01, None), 11) == 3
 
 
 def test_bad_configs(tmp_path):
     file = tmp_path / "student.yaml"
     file.write_text("lr: 0.1\nfolder: a\nepochs: 2\ndata: {}\n")
     with pytest.raises(ValueError, match=r"expected the key autotune.checkpoint, as in recipes"):
-        check_config(file)
+        check_config(file, {})
+    full = (RECIPES / "nequip_autotune.yaml").read_text().replace("nequip_data, ", "")
+    file.write_text(full + "epochs: 3\ndata: {}\n")
+    check_config(file, {"lr": 0.1, "training_module.model.model.l_max": 2})
+    with pytest.raises(ValueError, match=r"student.flags: it has no key batchsize"):
+        check_config(file, {"batchsize": 3})
+    file.write_text(file.read_text().replace("nequip_ext.Autotuned", "nequip.model.NequIPGNNModel"))
+    with pytest.raises(ValueError, match=r"expected _target_: nequip_ext.Autotuned with checkpoint"):
+        check_config(file, {})
     file.write_text("defaults: [gone, _self_]\n")
     with pytest.raises(ValueError, match="defaults: expected names of files beside it, or _self_, got 'gone'"):
         compose(file)

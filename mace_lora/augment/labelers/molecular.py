@@ -245,5 +245,12 @@ def _openmm(argument: str) -> tuple[Factory, str]:
 METHODS = (
     Method("mmff94", "", "MMFF94 by RDKit, molecules", {"rdkit": "rdkit"}, partial(_rdkit, "mmff94")),
     Method("uff", "", "UFF by RDKit, molecules", {"rdkit": "rdkit"}, partial(_rdkit, "uff")),
-    Method("openmm", "FORCEFIELD.xml", "e.g. tip3p.xml, spce.xml, amber14-all.xml", {"openmm": "openmm"}, _openmm),
+    Method(
+        "openmm",
+        "FORCEFIELD.xml",
+        "e.g. tip3p.xml, spce.xml, amber14-all.xml",
+        {"openmm": "openmm"},
+        _openmm,
+        files=True,
+    ),
 )
