@@ -82,7 +82,8 @@ def test_a_killed_training_goes_on(place, tmp_path):
     assert student.steps_per_epoch(student.settings(Training, 0.01, None), 11) == 3
 
 
-def test_bad_configs(tmp_path):
+def test_bad_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where Hydra writes by default
     file = tmp_path / "student.yaml"
     file.write_text("lr: 0.1\nfolder: a\nepochs: 2\ndata: {}\n")
     with pytest.raises(ValueError, match=r"expected the key autotune.checkpoint, as in recipes"):
