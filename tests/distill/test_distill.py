@@ -68,7 +68,7 @@ def test_every_stage_killed_then_whole_then_changed(place):
     """Kill -9 in stages (EQUITUNE_FULL: each); finished ones are not redone; a changed key redoes what follows."""
     out = place / "out"
     until = ["sampled-*", "pretrain-*", "direct-*"]
-    if os.environ.get("EQUITUNE_FULL"):
+    if os.environ.get("EQUITUNE_FULL") == "1":
         until = ["teacher-1-*", "sampled-*", "labelled-*", "pretrain-*", "finetune-lr0.01-*", "direct-*"]
     for pattern in until:
         process = subprocess.Popen(
