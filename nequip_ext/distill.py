@@ -95,7 +95,7 @@ class NequipStudent:
         return out
 
     def train(self, settings: Mapping[str, Any], data: tuple[Path, Path], place: Path) -> None:
-        """Run ``nequip-train`` unless it has finished; continues from the last checkpoint.
+        """Run ``nequip-train`` in a folder; continues from its last checkpoint.
 
         Raises:
             ValueError: the training fails; where its messages are.

@@ -34,7 +34,7 @@ def start(flags: Mapping[str, Any], log: Path) -> subprocess.Popen[bytes]:
     """Start a training with one thread.
 
     Args:
-        flags: names without dashes and values; True for flags that stand alone.
+        flags: names without dashes and values; flags that stand alone are true or false.
         log: gets what the command prints, appended.
     """
     command = [str(Path(sys.executable).parent / "mace_run_train"), *_words(flags)]
