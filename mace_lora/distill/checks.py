@@ -78,11 +78,11 @@ def check_frames(config: Distillation, path: Path) -> None:
                 )
             seen[place] = where
     if config.teacher.labelled is not None:
-        require_sound(config.teacher.labelled, say=lambda text: print(text))
+        # hot synthetic frames may fail the statistical tests of quantum data, so only what must be there is asked for
         bad = [i for i, a in enumerate(ase.io.iread(config.teacher.labelled, ":")) if not _has_labels(a)]
         if bad:
             raise ValueError(
-                f"{path}: teacher.labelled: frame {bad[0]}: expected labels REF_energy and REF_forces in every frame"
+                f"{path}: teacher.labelled: frame {bad[0]}: expected finite labels REF_energy and REF_forces in all"
             )
     if config.filter.duplicates is not None and not (
         config.teacher.flags or (config.teacher.potential or "").startswith("mace:")
@@ -93,7 +93,8 @@ def check_frames(config: Distillation, path: Path) -> None:
 
 
 def _has_labels(atoms: ase.Atoms) -> bool:
-    return "REF_energy" in atoms.info and "REF_forces" in atoms.arrays
+    labels = (atoms.info.get("REF_energy"), atoms.arrays.get("REF_forces"))
+    return all(x is not None and np.isfinite(x).all() for x in labels)
 
 
 def geometry_key(atoms: ase.Atoms, digits: int = 5) -> bytes:

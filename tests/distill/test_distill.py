@@ -200,7 +200,10 @@ def test_stage_is_kept_by_content(tmp_path):
         ({"student.flags.swa": True}, "flags: swa: the model of the second stage would not be used"),
         ({"teacher.flags.foundation_model": "gone.model"}, "foundation_model: no file gone.model"),
         ({"teacher": {"potential": "emt"}}, "filter.duplicates: needs the features of a MACE teacher"),
-        ({"teacher": {"labelled": "unlabelled.xyz"}}, "expected labels REF_energy and REF_forces|labels"),
+        (
+            {"teacher": {"labelled": "unlabelled.xyz"}},
+            "frame 0: expected finite labels REF_energy and REF_forces in all",
+        ),
         ({"synthetic.strain": 2}, "synthetic.strain: expected periodic training frames"),
         ({"test": "valid.xyz"}, "frame 0 of test is also frame 0 of valid: labels leak between them"),
         ({"test": "gone.xyz"}, "no file .*gone.xyz"),
