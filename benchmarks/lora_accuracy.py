@@ -32,7 +32,7 @@ from mace_lora.atomic import atomic_path, write_text
 RESULTS = Path(__file__).parent / "results" / "lora_accuracy"
 LRS = {
     "full": "0.002,0.005,0.01", "scratch": "0.01", "readout": "0.03",
-    "mace-lora-r4": "0.01,0.02,0.04", "mace-lora-r16": "0.01,0.02,0.04", "ours": "0.01,0.02,0.04",
+    "mace-lora-r4": "0.02,0.04,0.08", "mace-lora-r16": "0.02,0.04,0.08", "ours": "0.01,0.02,0.04",
     "ours-r4": "0.01,0.02,0.04", "ours-r64": "0.005,0.01,0.02", "ours-elora": "0.002,0.005,0.01",
 }  # fmt: skip
 # mean over methods would hide where a method fails, so wins are counted per set and base

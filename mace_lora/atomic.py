@@ -1,14 +1,21 @@
-"""Files that are never half-written: temporary name in the same folder, then rename."""
+"""Files that are never half-written (temporary name in the same folder, then rename), folders with one writer."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
-__all__ = ["atomic_path", "write_text"]
+__all__ = ["atomic_path", "content_digest", "lock", "only_writer", "write_text"]
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
@@ -19,7 +26,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the final file. Its folder is created when missing.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; ``path`` is then unchanged.
+        OSError: the folder cannot be written, or the disk is full (what to do is said); ``path`` is then unchanged.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +41,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(final)
+    except OSError as err:
+        if err.errno not in DISK_FULL:
+            raise
+        raise OSError(err.errno, f"{err.strerror}; {final} was not written: make room and run again") from err
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,3 +53,42 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file; False where another process has. File systems without locks are trusted, with a warning."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as err:
+        logging.getLogger("equitune").warning("%s cannot be locked (%s): take care of second runs", file.name, err)
+    return True
+
+
+@contextmanager
+def only_writer(folder: str | os.PathLike[str]) -> Iterator[int]:
+    """Keep other runs of ours out of a folder.
+
+    The lock is the operating system's and ends with the last process that has its file open.
+
+    Yields:
+        file descriptor for ``pass_fds`` of a child that writes there, so that the lock outlives a killed parent.
+
+    Raises:
+        ValueError: another run is writing there now.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".equitune.lock").open("w") as held:
+        if not lock(held):
+            raise ValueError(
+                f"folder {place}: another run is writing there now; wait for it to end, or choose another folder"
+            )
+        yield held.fileno()

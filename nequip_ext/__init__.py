@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AlignEnergies": "nequip_ext.energies",
     "Autotuned": "nequip_ext.autotune.builder",
     "LoRA": "nequip_ext.lora.builder",
     "MultiScaleNequIP": "nequip_ext.multiscale.model",
@@ -21,7 +22,10 @@ _PUBLIC = {
     "TrainedParams": "nequip_ext.lora.param_groups",
 }
 
-__all__ = ["Autotuned", "LoRA", "MultiScaleNequIP", "MuonParamGroups", "PaiNN", "SaveAdapter", "TrainedParams"]
+__all__ = [
+    "AlignEnergies", "Autotuned", "LoRA", "MultiScaleNequIP", "MuonParamGroups", "PaiNN", "SaveAdapter",
+    "TrainedParams",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

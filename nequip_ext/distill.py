@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mace_lora.atomic import write_text
+from mace_lora.atomic import only_writer, write_text
 from nequip_ext.autotune.driver import normalisation
 
 __all__ = ["NequipStudent", "check_config", "compose"]
@@ -98,7 +98,7 @@ class NequipStudent:
         """Run ``nequip-train`` in a folder; continues from its last checkpoint.
 
         Raises:
-            ValueError: the training fails; where its messages are.
+            ValueError: the training fails (where its messages are), or another run trains there now.
         """
         content = compose(Path(settings["config"]))
         keys = {k: v for k, v in settings.items() if k not in ("config", "composed", "start")}
@@ -108,19 +108,19 @@ class NequipStudent:
         if "start" in settings:
             keys["autotune.checkpoint"] = settings["start"]
             keys |= normalisation(Path(settings["start"]))
-        if (place / "last.ckpt").is_file():
-            keys["ckpt_path"] = str(place / "last.ckpt")
-        for part in ("split_dataset", "test_file_path"):
-            content.data.pop(part, None)
-        for key, value in keys.items():
-            OmegaConf.update(content, key, value, merge=False, force_add=True)
-        # upstream would prefer a file of the same name in the current folder
-        write_text(place / f"{_NAME}.yaml", OmegaConf.to_yaml(content))
         command = [str(Path(sys.executable).parent / "nequip-train"), "-cd", str(place), "-cn", _NAME]
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with (place / "output.log").open("a") as log:
-            code = subprocess.run(command, stdout=log, stderr=log, env=env, check=False).returncode
-        if code or not self.model(place).is_file():
+        with only_writer(place) as lock, (place / "output.log").open("a") as log:
+            if (place / "last.ckpt").is_file():
+                keys["ckpt_path"] = str(place / "last.ckpt")
+            for part in ("split_dataset", "test_file_path"):
+                content.data.pop(part, None)
+            for key, value in keys.items():
+                OmegaConf.update(content, key, value, merge=False, force_add=True)
+            # upstream would prefer a file of the same name in the current folder
+            write_text(place / f"{_NAME}.yaml", OmegaConf.to_yaml(content))
+            run = subprocess.run(command, stdout=log, stderr=log, env=env, pass_fds=(lock,), check=False)
+        if run.returncode or not self.model(place).is_file():
             raise ValueError(f"nequip-train in {place} failed: its output is in {place / 'output.log'}")
 
     def model(self, place: Path) -> Path:

@@ -29,6 +29,7 @@ import typer
 from ase import units
 
 from mace_lora.atomic import atomic_path, write_text
+from mace_lora.data import require_sound
 from mace_lora.distill.evaluation import evaluate_model
 from mace_lora.mace_plugin.base_model import load_model
 from mace_lora.mace_plugin.launch import train
@@ -82,6 +83,7 @@ def parts(path: Path, seed: int, place: Path) -> dict[str, Path]:
     fixed = np.random.default_rng(0).permutation(len(frames))
     count = min(TEST, len(frames) - TRAIN - VALID)
     rest = np.random.default_rng(seed + 1).permutation(fixed[count:])
+    require_sound([frames[i] for i in [*fixed[:count], *rest[: TRAIN + VALID]]])
     for name, which in (("train", rest[:TRAIN]), ("valid", rest[TRAIN : TRAIN + VALID]), ("test", fixed[:count])):
         with atomic_path(files[name]) as temporary:
             ase.io.write(temporary, [frames[i] for i in which], format="extxyz", write_results=False)

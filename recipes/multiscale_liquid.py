@@ -180,9 +180,13 @@ def dynamics(folder: Path, sizes: dict[str, Any], files: dict[tuple[str, str], P
     for name, potential in runs.items():
         if not (folder / f"md_{name}.xyz").is_file():
             print(f"dynamics with {name}: {sizes['md']} steps at 300 K", flush=True)
-            sample_md([ase.io.read(molecule)], folder / f"md_{name}.xyz", potential, [schedule], seed=3)
+            try:
+                sample_md([ase.io.read(molecule)], folder / f"md_{name}.xyz", potential, [schedule], seed=3)
+            except ValueError as err:  # a model that falls apart has no structure
+                print(err, flush=True)
+    there = [folder / f"md_{n}.xyz" for n in runs if (folder / f"md_{n}.xyz").is_file()]
     subprocess.run(
-        [BIN / "equitune", "rdf", *(folder / f"md_{n}.xyz" for n in runs), "--pair", "C-F", "--pair", "F-F", "-o",
+        [BIN / "equitune", "rdf", *there, "--pair", "C-F", "--pair", "F-F", "-o",
          folder / "rdf.png"], check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     found["rdf"] = json.loads((folder / "rdf.json").read_text())
@@ -213,9 +217,8 @@ def report(folder: Path, scale: str, rows: list[dict[str, Any]], md: dict[str, A
         steps = ", ".join(str(r["steps"]) for r in s["runs"])
         lines.append(f"| {data} | {s['trajectories']} | {s['steps']} | {100 * s['surviving']:.0f} % | {steps} |")
     lines += ["", "Difference of radial distribution functions from GFN2-xTB dynamics (one molecule, 300 K): "]
-    lines[-1] += ", ".join(
-        f"{c['pair']} {c['difference_percent']:.1f} %" for c in md["rdf"] if "ms-mace" in c["trajectory"]
-    )
+    found = [f"{c['pair']} {c['difference_percent']:.1f} %" for c in md["rdf"] if "ms-mace" in c["trajectory"]]
+    lines[-1] += ", ".join(found) or "none, the dynamics with MS-MACE fell apart"
     write_text(folder / "report.md", "\n".join(lines) + ".\n")
     return folder / "report.md"
 

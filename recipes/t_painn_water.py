@@ -175,6 +175,8 @@ def density(potential: str, start: ase.Atoms, ps: float, wait: float, file: Path
 def diffusion(frames: list[ase.Atoms]) -> tuple[float, float]:
     """Self-diffusion of oxygen in 10⁻⁹ m²/s, and its standard error over blocks."""
     oxygen = [a.index for a in frames[0] if a.symbol == "O"]
+    for atoms in frames:  # the thermostat lets the whole box wander
+        atoms.positions -= atoms.get_center_of_mass()
     blocks = []
     for part in np.array_split(np.arange(len(frames)), 4):
         found = DiffusionCoefficient([frames[i] for i in part], EVERY * TIMESTEP * units.fs, atom_indices=oxygen)
@@ -217,10 +219,18 @@ def dynamics(
             TEMPERATURE, TEMPERATURE, frames_wanted, EVERY * TIMESTEP, TIMESTEP, 0.002, 1e3 * sizes["wait"]
         )
         if not (place / f"{name}.xyz").exists():
-            sample_md([start], place / f"{name}.xyz", potential, [schedule], seed=1)
+            try:
+                sample_md([start], place / f"{name}.xyz", potential, [schedule], seed=1)
+            except ValueError as err:  # a model that falls apart
+                print(err, flush=True)
+                lines.append(f"| {name} | the box falls apart" + " | –" * 4 + " |")
+                continue
         frames = ase.io.read(place / f"{name}.xyz", ":")
         curves[name] = {p: radial_distribution(frames, p, r_max) for p in PAIRS}
         far = [rdf_distance(curves[name][p][1], curves["reference"][p][1]) for p in PAIRS]
+        if len(frames) < frames_wanted:
+            lines.append(f"| {name} | falls apart after {len(frames) * EVERY * TIMESTEP:g} fs" + " | –" * 4 + " |")
+            continue
         moving, error = diffusion(frames)
         rho = "– (no stress)"
         if name != "classical":

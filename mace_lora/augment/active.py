@@ -8,7 +8,8 @@ stopped run goes on where it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import ase
 import ase.io
 import numpy as np
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, content_digest, write_text
+from mace_lora.data import require_sound
 from mace_lora.mace_plugin import launch
 
 from .active_config import ActiveLearning
@@ -30,16 +32,24 @@ __all__ = ["run"]
 _OVERCONFIDENT, _CALIBRATION = 3.0, 50
 
 
-def run(config: ActiveLearning, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def run(
+    config: ActiveLearning, say: Callable[[str], None] = print,
+    after_round: Callable[[list[dict[str, Any]]], None] = lambda rounds: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Rounds until the candidate rate is low enough.
 
     Args:
         config: settings.
         say: gets a line for every step.
+        after_round: gets the summaries so far.
 
     Returns:
         a summary of every round, which is also in ``rounds.json``.
+
+    Raises:
+        ValueError: unsound labelled frames, or a folder whose rounds are of other settings or files.
     """
+    require_sound(config.data, say=say)
     config.folder.mkdir(parents=True, exist_ok=True)
     _same_settings(config)
     rounds: list[dict[str, Any]] = []
@@ -49,6 +59,7 @@ def run(config: ActiveLearning, say: Callable[[str], None] = print) -> list[dict
         summary, data = _round(config, number, place, data, say)
         rounds.append(summary)
         write_text(config.folder / "rounds.json", json.dumps(rounds, indent=1) + "\n")
+        after_round(rounds)
         if summary["candidate_rate"] < config.stop_below:
             say(f"candidate rate below {100 * config.stop_below:g} %: done; the models are in {place}")
             break
@@ -64,8 +75,11 @@ def _same_settings(config: ActiveLearning) -> None:
     """Rounds of other settings must not be continued with these; what only says how long and where may change."""
     free = {"folder", "max_rounds", "stop_below", "timeout", "workers"}
     content, file = json.loads(config.model_dump_json(exclude=free)), config.folder / "settings.json"
+    # files count by their content wherever they lie, methods by what they are made of
+    contents = _contents(config)
+    content = _without(content, contents) | {f"content of {name}": value for name, value in contents.items()}
     if file.is_file():
-        before = json.loads(file.read_text())
+        before = _without(json.loads(file.read_text()), contents)
         changed = [k for k in content if before.get(k, content[k]) != content[k]]  # a key may be newer than the file
         if changed:
             raise ValueError(
@@ -73,6 +87,23 @@ def _same_settings(config: ActiveLearning) -> None:
                 f"has {content[changed[0]]}; change it back, or give another 'folder'"
             )
     write_text(file, json.dumps(content) + "\n")
+
+
+def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Settings less some keys, with dots for nested ones."""
+    for name in names:
+        *path, last = name.split(".")
+        part = settings
+        for key in path:
+            part = part.get(key, {})
+        part.pop(last, None)
+    return settings
+
+
+def _contents(config: ActiveLearning) -> dict[str, str]:
+    named = {"data": config.data, "explore.starts": config.explore.starts}
+    named |= {f"train.{k}": Path(v) for k, v in config.train.items() if isinstance(v, str | Path) and os.path.isfile(v)}  # noqa: PTH113  long strings, e.g. of E0s
+    return {name: content_digest(path) for name, path in named.items()} | {"label": open_labeler(config.label).identity}
 
 
 def _round(
@@ -93,8 +124,6 @@ def _round(
         )  # fmt: skip
         write_text(place / "dropped.json", json.dumps(dict(dropped)) + "\n")
     frames = list(iter_frames(explored))
-    if not frames:
-        raise ValueError(f"explore: every frame was dropped as unsound; lower 'temperatures', and remove {explored}")
     ratio = _calibration(place, members)
     if ratio > _OVERCONFIDENT and not config.calibrate:
         say(
@@ -104,7 +133,7 @@ def _round(
     deviation = _deviation(place, frames, members) * (max(1.0, ratio) if config.calibrate else 1.0)
     split = within(deviation, *config.window)
     chosen = evenly(deviation, split.inside, config.per_round)
-    rate = (len(split.inside) + len(split.above)) / len(frames)
+    rate = split.rate
     summary: dict[str, Any] = {
         "round": number, "explored": len(frames), "dropped": _dropped(place),
         "in_window": len(split.inside), "above": len(split.above), "candidate_rate": rate,

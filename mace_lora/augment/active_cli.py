@@ -26,7 +26,11 @@ def active_learn(
     from .active_config import read_config
 
     settings = read_config(config)
-    rounds = run(settings, lambda line: console.print(line, highlight=False))
+    picture = settings.folder / "rounds.png"
+    rounds = run(
+        settings, lambda line: console.print(line, highlight=False),
+        lambda so_far: _plot(so_far, picture, settings.stop_below),
+    )  # fmt: skip
     table = Table("round", "explored", "in window", "above", "candidate rate", "labelled", "E MAE", "F MAE")
     for r in rounds:
         errors = [f"{r[k]:.2f}" if k in r else "–" for k in ("mae_e", "mae_f")]
@@ -38,8 +42,7 @@ def active_learn(
     console.print(
         "errors of the first member on the frames of its round before they were trained on, meV/atom and meV/Å"
     )
-    _plot(rounds, settings.folder / "rounds.png", settings.stop_below)
-    console.print(f"written: {settings.folder / 'rounds.json'}, {settings.folder / 'rounds.png'}", highlight=False)
+    console.print(f"written: {settings.folder / 'rounds.json'}, {picture}", highlight=False)
 
 
 def _plot(rounds: list[dict[str, Any]], path: Path, stop: float) -> None:
@@ -54,8 +57,11 @@ def _plot(rounds: list[dict[str, Any]], path: Path, stop: float) -> None:
     left.axhline(100 * stop, ls=":", c="k")
     left.set(xlabel="round", ylabel="candidate rate (%)", ylim=(0, None))
     with_errors = [r for r in rounds if "mae_f" in r]
-    right.plot([r["round"] for r in with_errors], [r["mae_f"] for r in with_errors], "s-")
-    right.set(xlabel="round", ylabel="force MAE on new frames (meV/Å)", ylim=(0, None))
+    for key, label in (("mae_f", "F (meV/Å)"), ("mae_e", "E (meV/atom)")):
+        right.plot([r["round"] for r in with_errors], [r[key] for r in with_errors], "s-", label=label)
+    right.set(xlabel="round", ylabel="MAE on new frames", yscale="log")
+    if with_errors:
+        right.legend()
     for axis in (left, right):
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     with atomic_path(path) as temporary:

@@ -5,50 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mace_lora.mace_plugin.launch import check_flags, with_files
 
-from .dynamics import Schedule
 from .labelers import open_labeler
+from .settings import DynamicsKeys, Strict, read_yaml
 
 __all__ = ["ActiveLearning", "Explore", "read_config"]
 
 _OURS = ("name", "seed", "train_file", "valid_file", "work_dir", "restart_latest")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Explore(_Strict):
-    """Dynamics with the committee's first member.
+class Explore(DynamicsKeys):
+    """Dynamics with the committee's first member, in every round.
 
     Attributes:
         starts: frames to start from.
-        temperatures: K; pairs [A, B] anneal.
-        frames, spacing_fs, timestep_fs, friction_per_fs, equilibration_fs: as for ``equitune sample md``.
-        replicas: trajectories of every start and temperature, in every round.
     """
 
     starts: Path
-    temperatures: list[float | tuple[float, float]] = [300.0]
-    frames: int = Field(50, ge=1)
-    spacing_fs: float = Field(50.0, gt=0)
-    timestep_fs: float = Field(0.5, gt=0)
-    friction_per_fs: float = Field(0.02, gt=0)
-    equilibration_fs: float = Field(100.0, ge=0)
-    replicas: int = Field(1, ge=1)
-
-    def schedules(self) -> list[Schedule]:
-        """One schedule for each temperature."""
-        rest = (self.frames, self.spacing_fs, self.timestep_fs, self.friction_per_fs, self.equilibration_fs)
-        pairs = [t if isinstance(t, tuple) else (t, t) for t in self.temperatures]
-        return [Schedule(a, b, *rest) for a, b in pairs]
 
 
-class ActiveLearning(_Strict):
+class ActiveLearning(Strict):
     """Settings of a run; the keys of its YAML file.
 
     Attributes:
@@ -103,15 +82,7 @@ def read_config(path: Path) -> ActiveLearning:
         FileNotFoundError: no such file, or one that it names.
         ValueError: an unknown key or a wrong value; which one.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    try:
-        config = ActiveLearning.model_validate(content)
-    except ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "config"
-        raise ValueError(f"{path}: {where}: {first['msg']}, got {first['input']!r:.80}") from err
+    config = read_yaml(path, ActiveLearning)
     base = path.parent.resolve()
     config.folder, config.data = base / config.folder, base / config.data
     config.explore.starts = base / config.explore.starts

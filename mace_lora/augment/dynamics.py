@@ -23,13 +23,16 @@ try:
 except ImportError:  # older ASE
     from ase.md.velocitydistribution import MaxwellBoltzmannDistribution as thermalize_momenta
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, only_writer, write_text
 
 from .executors import open_executor
 from .journal import Journal, frame_key
 from .perturb import bare, keep_sound
 
 __all__ = ["Schedule", "run_trajectory", "sample_md", "thermalize_momenta", "trajectory"]
+
+
+_FASTEST = 1.0  # Å/fs; hydrogen at 10,000 K has 0.16
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def trajectory(
     from .labelers import open_labeler
 
     potential = open_labeler(labeler)
-    atoms = (done[-1] if done else start).copy()
+    atoms = _rounded(done[-1], start) if done else start.copy()
     for number in range(len(done), schedule.frames):
         rng = np.random.default_rng([*seed, number])
         temperature = schedule.temperature(number)
@@ -98,12 +101,20 @@ def trajectory(
             atoms, schedule.timestep * units.fs, temperature_K=temperature, friction=schedule.friction / units.fs,
             fixcm=False, rng=rng,
         )  # fmt: skip
+        dynamics.attach(_stop_when_blown_up, 1, atoms, schedule.timestep)
         dynamics.run(max(1, round(duration / schedule.timestep)))
         atoms = _rounded(atoms, start)
         atoms.info.update(frame=number, temperature_K=round(temperature, 6), seed=" ".join(map(str, seed)))
         yield atoms.copy()
         if not np.isfinite(atoms.positions).all():
             return
+
+
+def _stop_when_blown_up(atoms: ase.Atoms, timestep: float) -> None:
+    """A collapsing box has ever more neighbours, until memory is full: end before that."""
+    fastest = float(np.linalg.norm(atoms.get_velocities(), axis=1).max()) * units.fs  # Å/fs
+    if not fastest < _FASTEST:
+        raise ValueError(f"an atom moves by {fastest * timestep:.2g} Å in a step: the dynamics has blown up")
 
 
 def _rounded(atoms: ase.Atoms, start: ase.Atoms) -> ase.Atoms:
@@ -121,25 +132,35 @@ def _rounded(atoms: ase.Atoms, start: ase.Atoms) -> ase.Atoms:
 def run_trajectory(
     start: ase.Atoms, labeler: str, schedule: Schedule, seed: tuple[int, ...], path: str,
     stop: Callable[[ase.Atoms], bool] | None = None,
-) -> int:  # fmt: skip
+) -> tuple[int, str]:  # fmt: skip
     """Run or continue one trajectory in a file, to its end or to the first frame where ``stop`` is true.
 
     Returns:
-        its number of frames.
+        its number of frames, and why the potential gave up ("" where it did not).
     """
-    with Journal(Path(path)) as journal:
+    with Journal(Path(path), keyed=False) as journal:
         done = ase.io.read(path, ":", format="extxyz") if journal.size else []
         count = len(done)
         if done and stop is not None and stop(done[-1]):
-            return count
-        for frame in trajectory(start, labeler, schedule, seed, done):
+            return count, ""
+        frames = trajectory(start, labeler, schedule, seed, done)
+        while True:
+            try:
+                frame = next(frames, None)
+            except (MemoryError, OSError, ImportError):  # of the machine, not of the frame
+                raise
+            except Exception as err:  # any program's own, e.g. no convergence far from equilibrium
+                if type(err).__name__ == "OutOfMemoryError":  # torch's
+                    raise
+                return count, f"{type(err).__name__}: {err}".replace("\n", " ")[:200]
+            if frame is None:
+                return count, ""
             buffer = io.StringIO()
             write_extxyz(buffer, [frame], columns=["symbols", "positions", "momenta"], write_results=False)
             journal.append(buffer.getvalue(), f"{count:032x}")
             count += 1
             if stop is not None and stop(frame):
-                break
-    return count
+                return count, ""
 
 
 def sample_md(
@@ -163,10 +184,10 @@ def sample_md(
         progress: called with (finished trajectories, all trajectories).
 
     Returns:
-        frames dropped, by reason.
+        frames dropped, by reason; those that a trajectory lacks because the potential gave up are among them.
 
     Raises:
-        ValueError: unknown potential, or one that cannot describe a start.
+        ValueError: unknown potential, one that cannot describe a start, or one that gave no frame or only unsound ones.
     """
     from .labelers import open_labeler
 
@@ -180,26 +201,54 @@ def sample_md(
         (s, schedule, (seed, s, t, r), folder / f"{s:05d}-{t}-{r}.xyz")
         for s in range(len(starts)) for t, schedule in enumerate(schedules) for r in range(replicas)
     ]  # fmt: skip
-    _same_settings(folder, starts, potential.identity, schedules, seed)
-    with open_executor(executor, workers, threads) as (pool, _):
-        futures = [
-            pool.submit(run_trajectory, bare(starts[s]), with_, schedule, own, str(path))
-            for s, schedule, own, path in jobs
-        ]
-        for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            future.result()
-            if progress is not None:
-                progress(count, len(futures))
     dropped: Counter[str] = Counter()
-    with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as handle:
-        for s, _, _, path in jobs:
-            frames = ase.io.iread(path, ":", format="extxyz")
-            for frame in keep_sound(frames, starts[s] if keep_bonds else None, dropped=dropped):
-                del frame.arrays["momenta"]
-                frame.info["start"] = s
-                write_extxyz(handle, [frame], write_results=False)
-    shutil.rmtree(folder)
+    with only_writer(folder):
+        _same_settings(folder, starts, potential.identity, schedules, seed)
+        done = 0
+        with open_executor(executor, workers, threads) as (pool, _):
+            futures = {
+                pool.submit(run_trajectory, bare(starts[s]), with_, schedule, own, str(path)): schedule
+                for s, schedule, own, path in jobs
+            }
+            for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                found, why = future.result()
+                done += found
+                if why:
+                    dropped[f"the potential failed ({why})"] += futures[future].frames - found
+                if progress is not None:
+                    progress(count, len(futures))
+        if not done:
+            raise ValueError(f"{with_}: no trajectory gave a frame: {next(iter(dropped))}")
+        try:
+            _collect([(starts[s], s, path) for s, _, _, path in jobs], output, keep_bonds, dropped)
+        except ValueError as err:
+            raise ValueError(f"{with_}: {err}, and remove {folder}") from err
+        shutil.rmtree(folder)
     return dropped
+
+
+def _collect(
+    trajectories: Sequence[tuple[ase.Atoms, int, Path]], output: Path, keep_bonds: bool, dropped: Counter[str]
+) -> None:
+    """Write the sound frames of all trajectories to one file, one by one.
+
+    Raises:
+        ValueError: there are none; no file is written then.
+    """
+    count = 0
+    with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        for start, number, path in trajectories:
+            if not path.stat().st_size:
+                continue
+            frames = ase.io.iread(path, ":", format="extxyz")
+            for frame in keep_sound(frames, start if keep_bonds else None, dropped=dropped):
+                del frame.arrays["momenta"]
+                frame.info["start"] = number
+                write_extxyz(handle, [frame], write_results=False)
+                count += 1
+        if not count:
+            reasons = ", ".join(f"{number} {why}" for why, number in dropped.items())
+            raise ValueError(f"all frames were dropped ({reasons}); lower the temperature or the timestep")
 
 
 def _same_settings(

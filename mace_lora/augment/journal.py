@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ase
 import numpy as np
+
+from mace_lora.atomic import lock
 
 __all__ = ["KEY", "Journal", "complete_frames", "frame_key"]
 
@@ -24,15 +25,40 @@ def frame_key(atoms: ase.Atoms, labeler: str) -> str:
     """Identity of a frame and its labeler: 32 hexadecimal digits.
 
     Args:
-        atoms: numbers, positions (Å), cell (Å), periodicity, ``info['charge']`` and ``info['spin']`` count.
+        atoms: numbers, positions (Å), cell (Å), periodicity, ``info['charge']``, ``info['spin']`` and
+            ``info['smiles']`` and ``arrays['residuenumbers']`` (for force fields) count.
         labeler: the labeler's name.
     """
     digest = hashlib.sha256(labeler.encode())
     digest.update(np.asarray(atoms.numbers, "<i4").tobytes())
     digest.update(np.asarray(atoms.positions, "<f8").tobytes())
     digest.update(np.asarray(atoms.cell, "<f8").tobytes() + np.asarray(atoms.pbc, "u1").tobytes())
-    digest.update(f"{int(atoms.info.get('charge', 0))} {int(atoms.info.get('spin', 1))}".encode())
+    if "residuenumbers" in atoms.arrays:
+        digest.update(np.asarray(atoms.arrays["residuenumbers"], "<i4").tobytes())
+    digest.update(f"{_whole(atoms.info.get('charge', 0))} {_whole(atoms.info.get('spin', 1))}".encode())
+    if "smiles" in atoms.info:
+        digest.update(str(atoms.info["smiles"]).encode())
     return digest.hexdigest()[:32]
+
+
+def _whole(value: Any) -> str:
+    """An integer's digits; what is none keeps its own text, and the labeler says what is wrong with it."""
+    try:
+        return str(int(value)) if int(value) == float(value) else repr(value)
+    except (ValueError, TypeError, OverflowError):
+        return repr(value)
+
+
+def require_ours(path: Path) -> None:
+    """Every frame of a file must have a key, or it is not from here.
+
+    Raises:
+        ValueError: one has none.
+    """
+    if path.is_file():
+        with path.open("rb") as handle:
+            if not all(key for key, _ in complete_frames(handle)):
+                raise ValueError(f"{path}: equitune did not write all that is in it; move it, or choose another output")
 
 
 class Journal:
@@ -42,32 +68,42 @@ class Journal:
 
     Args:
         path: the file; created when missing.
+        keyed: its frames have keys; a file whose frames have none is somebody else's.
 
     Raises:
-        ValueError: another process writes to it.
+        ValueError: another process writes to it, or it holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keyed: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.file = path.open("ab", buffering=0)  # nothing waits in memory that a failed write would leave behind
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
+        if not lock(self.file):
             self.file.close()
-            raise ValueError(
-                f"{path}: another process is writing to it; wait for it, or choose another output"
-            ) from err
+            raise ValueError(f"{path}: another process is writing to it; wait for it, or choose another output")
         self.keys: set[bytes] = set()
         self.size = 0
         with path.open("rb") as existing:
+            foreign = False
             for key, self.size in complete_frames(existing):
+                foreign = foreign or (keyed and not key)
                 if key:
                     self.keys.add(bytes.fromhex(key))
+            existing.seek(self.size)
+            rest = existing.readline().strip()
+        if foreign or (rest and not rest.isdigit()):
+            self.file.close()
+            raise ValueError(f"{path}: equitune did not write what is in it; move it, or choose another output")
         self.file.truncate(self.size)
 
     def __contains__(self, key: str) -> bool:
         return bytes.fromhex(key) in self.keys
+
+    def clear(self) -> None:
+        """Forget all frames."""
+        self.file.truncate(0)
+        self.size = 0
+        self.keys.clear()
 
     def append(self, text: str, key: str) -> None:
         """Write one frame.

@@ -71,9 +71,16 @@ def pack(
         the box, molecules one after the other and whole across the boundary.
 
     Raises:
-        ValueError: Packmol is missing, or cannot fit the molecules at this density.
+        ValueError: Packmol is missing or cannot fit the molecules at this density, or several have unpaired electrons.
     """
     _check(molecules, counts, density)
+    unpaired = [m.info["spin"] for m, n in zip(molecules, counts, strict=True) if m.info.get("spin", 1) != 1
+                for _ in range(n)]  # fmt: skip
+    if len(unpaired) > 1:
+        raise ValueError(
+            f"pack: {len(unpaired)} molecules have unpaired electrons, whose coupling is not known; remove "
+            "info['spin'] and set it on the box"
+        )
     grams = _GRAMS_PER_AMU * sum(n * m.get_masses().sum() for n, m in zip(counts, molecules, strict=True))
     length = (grams / density * 1e24) ** (1 / 3)
     with tempfile.TemporaryDirectory() as name:
@@ -96,10 +103,13 @@ def pack(
         packed: ase.Atoms = ase.io.read(folder / "packed.xyz")
     packed.set_cell([length] * 3)
     packed.pbc = True
+    packed.info.clear()  # Packmol's comment
     packed.info.update(
         density_g_cm3=round(density, 6),
         charge=sum(int(m.info.get("charge", 0)) * n for m, n in zip(molecules, counts, strict=True)),
     )
+    if unpaired:
+        packed.info["spin"] = unpaired[0]
     return packed
 
 

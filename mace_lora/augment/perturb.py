@@ -10,7 +10,7 @@ import numpy as np
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 
-from .topology import find_bonds, molecules, smaller_side, unwrap
+from .topology import find_bonds, in_its_box, molecules, smaller_side, unwrap
 
 __all__ = ["bare", "cluster", "keep_sound", "rattle", "strain", "stretch_bond"]
 
@@ -91,10 +91,16 @@ def cluster(atoms: ase.Atoms, count: int, scale: float = 1.25) -> ase.Atoms:
         scale: what counts as a bond, in sums of covalent radii.
 
     Raises:
-        ValueError: there are fewer molecules, one is bound to its own image, or the frame is a slab or wire.
+        ValueError: there are fewer molecules, one is bound to its own image, the frame is a slab or wire, or it is
+            charged or has unpaired electrons (whose they are is not known).
     """
     if atoms.pbc.any() and not atoms.pbc.all():
         raise ValueError(f"cluster: expected a frame periodic in all directions or in none, got {atoms.pbc.tolist()}")
+    if atoms.info.get("charge", 0) != 0 or atoms.info.get("spin", 1) != 1:
+        raise ValueError(
+            f"cluster: charge {atoms.info.get('charge', 0)} and multiplicity {atoms.info.get('spin', 1)} of the frame "
+            "cannot be divided among its molecules; remove them from info and set them on the clusters"
+        )
     bonds = find_bonds(atoms, scale)
     found = molecules(bonds)
     if count < 1 or len(found) < count:
@@ -138,7 +144,7 @@ def keep_sound(
     for atoms in frames:
         if not np.isfinite(atoms.positions).all():
             counts["not finite"] += 1
-        elif len(neighbor_list("i", atoms, [radii[z] for z in atoms.numbers])):
+        elif len(neighbor_list("i", in_its_box(atoms), [radii[z] for z in atoms.numbers])):
             counts["overlapping atoms"] += 1
         elif wanted is not None and find_bonds(atoms, scale).as_set != wanted:
             counts["bonds changed"] += 1
@@ -151,4 +157,6 @@ def bare(atoms: ase.Atoms) -> ase.Atoms:
     copy = ase.Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     keep = ("charge", "spin", "smiles")
     copy.info.update({k: v for k, v in atoms.info.items() if k in keep})
+    if "residuenumbers" in atoms.arrays:
+        copy.set_array("residuenumbers", atoms.arrays["residuenumbers"])
     return copy

@@ -147,14 +147,23 @@ def _each(
     def new() -> Iterator[ase.Atoms]:
         for index, atoms in enumerate(iter_frames(frames)):
             for copy in range(copies):
-                frame = make(atoms, np.random.default_rng([seed, index, copy]))
+                try:
+                    frame = make(atoms, np.random.default_rng([seed, index, copy]))
+                except ValueError as err:
+                    dropped[f"{err} (the first: frame {firsts.setdefault(str(err), index)})"] += 1
+                    continue
                 frame.info["start"] = index
                 yield frame
 
     dropped: Counter[str] = Counter()
+    firsts: dict[str, int] = {}
+    count = 0
     with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as handle:
         for frame in keep_sound(new(), dropped=dropped):
             write_extxyz(handle, [frame], write_results=False)
+            count += 1
+        if not count:
+            raise ValueError(f"{frames}: nothing to write: {'; '.join(dropped) or 'it holds no frames'}")
     _finish(output, dropped)
 
 

@@ -70,22 +70,24 @@ def window(
     output: Output,
     max_force: Annotated[float | None, typer.Option(help="largest force of an atom, eV/Å")] = None,
     max_energy: Annotated[float | None, typer.Option(help="energy above the lowest of the same atoms, eV/atom")] = None,
+    min_force: Annotated[float | None, typer.Option(help="least largest force of an atom, eV/Å")] = None,
+    min_energy: Annotated[float | None, typer.Option(help="least energy above the lowest, eV/atom")] = None,
     energy_key: Annotated[str, typer.Option(help="in info, eV")] = "REF_energy",
     forces_key: Annotated[str, typer.Option(help="in arrays, eV/Å")] = "REF_forces",
 ) -> None:
-    """Leave out labelled frames of too high energy or force."""
-    if max_force is None and max_energy is None:
-        raise ValueError("--max-force, --max-energy: give at least one of them")
+    """Keep labelled frames whose energy and largest force lie between bounds."""
+    if all(b is None for b in (max_force, max_energy, min_force, min_energy)):
+        raise ValueError("--max-force, --max-energy, --min-force, --min-energy: give at least one of them")
     found = list(iter_frames(frames))
     keep = np.ones(len(found), bool)
-    if max_force is not None:
+    if max_force is not None or min_force is not None:
         sizes = [np.linalg.norm(_need(a.arrays, forces_key, i), axis=1) for i, a in enumerate(found)]
-        keep &= np.array([s.max() for s in sizes]) <= max_force
-    if max_energy is not None:
+        keep &= _between(np.array([s.max() for s in sizes]), min_force, max_force)
+    if max_energy is not None or min_energy is not None:
         kinds = [a.get_chemical_formula() for a in found]
         energies = np.array([_need(a.info, energy_key, i) / len(a) for i, a in enumerate(found)])
         lowest = {k: energies[[x == k for x in kinds]].min() for k in set(kinds)}
-        keep &= energies - np.array([lowest[k] for k in kinds]) <= max_energy
+        keep &= _between(energies - np.array([lowest[k] for k in kinds]), min_energy, max_energy)
     console.print(f"dropped {int((~keep).sum())} of {len(found)} frames", highlight=False)
     _write(output, found, np.flatnonzero(keep), {})
 
@@ -111,6 +113,10 @@ def committee(
         highlight=False,
     )
     _write(output, found, chosen, {"max_force_deviation": deviation[chosen]})
+
+
+def _between(values: Any, low: float | None, high: float | None) -> Any:
+    return (values >= (-np.inf if low is None else low)) & (values <= (np.inf if high is None else high))
 
 
 def _need(values: Any, key: str, index: int) -> Any:

@@ -49,7 +49,7 @@ def features(frames: Sequence[ase.Atoms], source: str = "embedded", progress: Pr
 def _mace(source: str) -> Callable[[ase.Atoms], Floats]:
     from .labelers import open_labeler
 
-    labeler = open_labeler(f"mace:{source}")
+    labeler = open_labeler(f"mace:{source.removeprefix('mace:')}")
 
     def describe(atoms: ase.Atoms) -> Floats:
         values: Floats = labeler.calculator(atoms).get_descriptors(atoms)
@@ -160,8 +160,9 @@ class Window:
 
     @property
     def rate(self) -> float:
-        """Fraction of the frames inside: the candidate rate of active learning."""
-        return len(self.inside) / max(1, len(self.inside) + len(self.below) + len(self.above))
+        """Fraction of the frames that are not below: the candidate rate of active learning."""
+        unknown = len(self.inside) + len(self.above)
+        return unknown / max(1, unknown + len(self.below))
 
 
 def evenly(deviation: Floats, inside: Indices, count: int) -> Indices:

@@ -39,6 +39,11 @@ class Bonds:
         return coo_array((np.ones(len(i)), (i, j)), shape=(self.atoms, self.atoms))
 
 
+def in_its_box(atoms: ase.Atoms) -> ase.Atoms:
+    """A molecule without its cell: ASE's neighbour list would search all of a large empty one."""
+    return atoms if atoms.pbc.any() else ase.Atoms(atoms.numbers, positions=atoms.positions)
+
+
 def find_bonds(atoms: ase.Atoms, scale: float = 1.25) -> Bonds:
     """Pairs of atoms closer than ``scale`` times the sum of their covalent radii, across boundaries too.
 
@@ -46,7 +51,7 @@ def find_bonds(atoms: ase.Atoms, scale: float = 1.25) -> Bonds:
         atoms: a frame.
         scale: dimensionless.
     """
-    i, j, vectors = neighbor_list("ijD", atoms, natural_cutoffs(atoms, mult=scale))
+    i, j, vectors = neighbor_list("ijD", in_its_box(atoms), natural_cutoffs(atoms, mult=scale))
     once = i < j
     order = np.lexsort((j[once], i[once]))
     return Bonds(np.stack([i[once], j[once]], 1)[order], vectors[once][order], len(atoms))

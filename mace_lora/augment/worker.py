@@ -96,15 +96,17 @@ def label_frames(
 
 def _one(task: Task, labeler: Any, prefix: str, timeout: float | None, provenance: dict[str, Any]) -> Result:
     start = time.perf_counter()
+    seconds = None
     try:
         with _TimeLimit(timeout):
             labels = labeler.label(task.atoms)
+        seconds = time.perf_counter() - start
         error, text = "", _extxyz(task, labels, prefix, provenance)
     except KeyboardInterrupt:
         raise
     except Exception as err:  # any program's own exceptions; the reason goes to the failed frames
         error, text = f"{type(err).__name__}: {err}".replace("\n", " ")[:500], ""
-    return Result(task.key, task.index, text, error, time.perf_counter() - start)
+    return Result(task.key, task.index, text, error, time.perf_counter() - start if seconds is None else seconds)
 
 
 class _TimeLimit:

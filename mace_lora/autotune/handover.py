@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mace_lora.lora.energies import solve_offsets
+from mace_lora.lora.energies import shift
 from mace_lora.mace_plugin import evaluation
 from mace_lora.mace_plugin.protocol import Run
 
-__all__ = ["Alignment", "align"]
+__all__ = ["Alignment", "align", "refit_references"]
 
 _FRAMES = 100
 _RATIOS, _CORRELATION = (1 / 3, 3.0), 0.3  # beyond these the levels have nothing in common that a scale could mend
@@ -65,20 +65,12 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
     if not len(table.residual):
         logging.info("equitune: autotune: no energy labels to align")
         return Alignment(float("nan"), float("nan"), {}, correlation, slope, scale)
-    residual, atoms = table.residual.copy(), table.counts.sum(1)
-    before = _rms(residual / atoms)
+    atoms = table.counts.sum(1)
+    before = _rms(table.residual / atoms)
     energies: Any = model.atomic_energies_fn.atomic_energies  # type: ignore[union-attr]
-    by_head = energies.view(-1, energies.shape[-1])
-    total = np.zeros(table.counts.shape[1])
-    if refit:
-        for head in range(by_head.shape[0]):
-            mine = table.head == head
-            if mine.any():
-                offsets = solve_offsets(table.counts[mine], residual[mine])
-                by_head[head] += torch.as_tensor(offsets).to(by_head)
-                residual[mine] -= table.counts[mine] @ offsets
-                total = offsets
-    after = _rms(residual / atoms)
+    old = energies.view(-1, energies.shape[-1])[-1].clone()
+    after = _rms((shift(energies, table) if refit else table.residual) / atoms)
+    total = (energies.view(-1, energies.shape[-1])[-1] - old).double().cpu().numpy()
     zs = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr, arg-type]
     logging.info(
         "equitune: autotune: quantum against classical forces: correlation %.3f, slope %.3f%s", correlation, slope,
@@ -89,6 +81,19 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
         after, " refitting the energy references" if refit else "; the references are those that were asked for",
     )  # fmt: skip
     return Alignment(before, after, dict(zip(zs, total.tolist(), strict=True)), correlation, slope, scale)
+
+
+@torch.no_grad()
+def refit_references(run: Run, model: nn.Module) -> None:
+    """Least squares for the energy references at the present weights: forces leave a constant in the energies."""
+    if "autotune_fit_frames" not in run.state:
+        run.state["autotune_fit_frames"] = evaluation.spread(run.train_dataset, _FRAMES)
+    table = evaluation.energy_table(model, run.train_dataset, run.state["autotune_fit_frames"])
+    if len(table.residual):
+        atoms = table.counts.sum(1)
+        after = shift(model.atomic_energies_fn.atomic_energies, table)  # type: ignore[union-attr, arg-type]
+        before, left = _rms(table.residual / atoms), _rms(after / atoms)
+        logging.info("equitune: autotune: energy references refitted: residual %.2f -> %.2f meV/atom", before, left)
 
 
 def _rms(values: np.ndarray) -> float:

@@ -24,14 +24,14 @@ from mace_lora.mace_plugin import checkpoints, labels
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
 from .classical import STAGE, become_classical, classical_stage, multiscale_sizes
-from .handover import align
+from .handover import align, refit_references
 from .schedule import Unfreezing, layerwise
 
 __all__ = ["AutotunePlugin"]
 
 _OPTIONS = (
     "autotune_valid_file", "autotune_epochs", "autotune_lr", "autotune_E0s", "autotune_rescale", "autotune_lr_decay",
-    "autotune_unfreeze",
+    "autotune_unfreeze", "autotune_refit_E0s",
 )  # fmt: skip
 
 
@@ -63,6 +63,11 @@ class AutotunePlugin(TrainPlugin):
             help="multiply the energy scale by the ratio of quantum to classical rms forces (default True)",
         )  # fmt: skip
 
+        group.add_argument(
+            "--autotune_refit_E0s", type=str2bool,
+            help="refit the energy references to the training frames at every best epoch of stage two, where they are "
+            "no isolated atoms (default True; with --lora see --lora_refit_E0s)",
+        )  # fmt: skip
         group.add_argument(
             "--autotune_lr_decay", type=float,
             help="factor of the learning rate in stage two from a block to the one below it, readouts on top "
@@ -113,6 +118,7 @@ class AutotunePlugin(TrainPlugin):
             model = model.to(torch.device(run.args.device))  # upstream leaves buffers behind on the CPU
             fitted = run.args.E0s in ("average", "estimated") and not run.state["autotune_isolated"]
             # an adapter is put on the classical model as its file has it, so the scale must stay
+            run.state["autotune_refit"] = fitted and not run.args.lora and run.args.autotune_refit_E0s
             align(run, model, refit=fitted, rescale=run.args.autotune_rescale and not run.args.lora)
         return model
 
@@ -135,6 +141,8 @@ class AutotunePlugin(TrainPlugin):
             logging.info("equitune: autotune: epoch %d: %s", epoch, change)
 
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> dict[str, Any]:
+        if run.state.get("autotune_refit"):
+            refit_references(run, model)
         return _schedule(run.args)
 
 
@@ -179,8 +187,9 @@ def _refuse(args: argparse.Namespace) -> None:
         raise SettingsError(f"--autotune_unfreeze: expected at least 1 epoch, got {args.autotune_unfreeze}")
     if args.autotune_unfreeze is not None and args.lbfgs:
         raise SettingsError("--autotune_unfreeze: not with --lbfgs, which takes all weights as one")
-    if args.autotune_rescale is None:
-        args.autotune_rescale = True
+    for name in ("autotune_rescale", "autotune_refit_E0s"):
+        if getattr(args, name) is None:
+            setattr(args, name, True)
 
 
 def check_levels(classical: Path, quantum: Path, args: argparse.Namespace) -> list[ase.Atoms]:

@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .consistency import energy_force_slope, units_of_slope
+from .magnitude import bond_stiffness, energy_unit, force_unit
 
 __all__ = ["Finding", "check_frames", "require_sound"]
 
 Floats = NDArray[np.float64]
 Severity = Literal["error", "warning", "info"]
 _SHOWN = 10
+_NEAR = (0.7, 1.4)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def check_frames(
     found += _repeated(frames, energies, usable)
     found += _energies(frames, energies)
     found += _forces(frames, forces)
+    found += _magnitudes(frames, energies, forces)
     found += _consistency(frames, energies, forces)
     order = {"error": 0, "warning": 1, "info": 2}
     return sorted(found, key=lambda f: order[f.severity])
@@ -263,6 +266,27 @@ def _forces(frames: Sequence[ase.Atoms], forces: list[Floats | None]) -> list[Fi
     return found
 
 
+def _magnitudes(
+    frames: Sequence[ase.Atoms], energies: list[float | None], forces: list[Floats | None]
+) -> list[Finding]:
+    """Units that show in the values alone, whatever the order of the frames."""
+    found = []
+    unit, sure = energy_unit(frames, energies)
+    if unit not in ("eV", ""):
+        text = f"energies are those of the free atoms in {unit}, all electrons counted; expected eV"
+        remedy = "convert the energies to eV, and see to the forces as well"
+        remedy += "" if sure else "; unless they are of valence electrons alone, which one composition cannot show"
+        found.append(Finding("error" if sure else "warning", text, remedy=remedy))
+    stiffness, correlation, bonds = bond_stiffness(frames, forces)
+    if bonds >= 30 and abs(correlation) > 0.8:
+        text = f"bonds to hydrogen push back with {stiffness:.3g} eV/Å^2 ({bonds} bonds, correlation {correlation:.2f})"
+        unit = force_unit(stiffness)
+        remedy = "the sign is wrong (gradients?)" if stiffness < 0 else f"it looks like {unit}; expected eV/Å"
+        found.append(Finding("info", text) if unit == "eV/Å" else Finding("error", f"{text}; 20 to 50 is usual",
+                                                                          remedy=remedy))  # fmt: skip
+    return found
+
+
 def _consistency(
     frames: Sequence[ase.Atoms], energies: list[float | None], forces: list[Floats | None]
 ) -> list[Finding]:
@@ -275,4 +299,7 @@ def _consistency(
     text = f"energies follow the forces with slope {slope:.4g} (correlation {correlation:.3f}, {pairs} pairs of frames)"
     if abs(slope - 1.0) < 0.1:
         return [Finding("info", text)]
+    if _NEAR[0] < slope < _NEAR[1]:  # no mix-up of units is this small, but hot frames are this inexact
+        return [Finding("warning", f"{text}; expected 1", remedy="frames far apart (hot dynamics) give this; "
+                        "otherwise energies and forces are of two methods or settings")]  # fmt: skip
     return [Finding("error", f"{text}; expected 1", remedy=units_of_slope(slope))]

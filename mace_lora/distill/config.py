@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from mace_lora.augment import Schedule
+from mace_lora.augment.settings import DynamicsKeys, Strict, read_yaml
 from mace_lora.mace_plugin.launch import with_files
 
 __all__ = ["Distillation", "Filter", "Student", "Synthetic", "Teacher", "Training", "read_config"]
@@ -16,11 +15,7 @@ __all__ = ["Distillation", "Filter", "Student", "Synthetic", "Teacher", "Trainin
 _OURS = ("name", "seed", "train_file", "valid_file", "test_file", "work_dir", "restart_latest", "max_num_epochs", "lr")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Teacher(_Strict):
+class Teacher(Strict):
     """What labels the synthetic frames: ``flags`` of a fine-tuning, a ``potential``, or somebody else before.
 
     Attributes:
@@ -43,14 +38,12 @@ class Teacher(_Strict):
         return self
 
 
-class Synthetic(_Strict):
+class Synthetic(DynamicsKeys):
     """Frames that the teacher labels. Dynamics with the teacher, and changed copies of the quantum frames.
 
     Attributes:
-        temperatures: K; pairs [A, B] anneal. None of them: no dynamics.
-        frames, spacing_fs, timestep_fs, friction_per_fs, equilibration_fs: as for ``equitune sample md``.
+        temperatures: none of them: no dynamics.
         starts: quantum frames that dynamics starts from, evenly chosen.
-        replicas: trajectories of each start and temperature.
         keep_bonds: drop frames whose bonds are not the start's.
         rattle, rattle_std: copies of every quantum frame, and standard deviation in Å.
         strain, strain_largest: copies of every quantum frame (periodic), and bound of a component.
@@ -60,11 +53,8 @@ class Synthetic(_Strict):
     temperatures: list[float | tuple[float, float]] = [300.0, 600.0]
     frames: int = Field(250, ge=1)
     spacing_fs: float = Field(20.0, gt=0)
-    timestep_fs: float = Field(0.5, gt=0)
-    friction_per_fs: float = Field(0.02, gt=0)
     equilibration_fs: float = Field(500.0, ge=0)
     starts: int = Field(4, ge=1)
-    replicas: int = Field(1, ge=1)
     keep_bonds: bool = False
     rattle: int = Field(0, ge=0)
     rattle_std: float = Field(0.05, gt=0)
@@ -73,12 +63,6 @@ class Synthetic(_Strict):
     stretch: int = Field(0, ge=0)
     stretch_low: float = Field(0.85, gt=0)
     stretch_high: float = Field(2.0, gt=0)
-
-    def schedules(self) -> list[Schedule]:
-        """One schedule for each temperature."""
-        rest = (self.frames, self.spacing_fs, self.timestep_fs, self.friction_per_fs, self.equilibration_fs)
-        pairs = [t if isinstance(t, tuple) else (t, t) for t in self.temperatures]
-        return [Schedule(a, b, *rest) for a, b in pairs]
 
     @model_validator(mode="after")
     def _check(self) -> Synthetic:
@@ -90,7 +74,7 @@ class Synthetic(_Strict):
         return self
 
 
-class Filter(_Strict):
+class Filter(Strict):
     """Which labelled frames are left out; None turns a filter off.
 
     Attributes:
@@ -106,7 +90,7 @@ class Filter(_Strict):
     duplicates: float | None = Field(None, ge=0)
 
 
-class Training(_Strict):
+class Training(Strict):
     """One training of the student.
 
     Attributes:
@@ -127,7 +111,7 @@ class Training(_Strict):
         return self
 
 
-class Student(_Strict):
+class Student(Strict):
     """The model that is made.
 
     Attributes:
@@ -160,7 +144,7 @@ class Student(_Strict):
         return self
 
 
-class Distillation(_Strict):
+class Distillation(Strict):
     """Settings of a run; the keys of its YAML file.
 
     Attributes:
@@ -204,16 +188,7 @@ def read_config(path: Path) -> Distillation:
         FileNotFoundError: no such file, or one that it names.
         ValueError: an unknown key, a wrong value, a flag that ``mace_run_train`` refuses, unsound frames.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        config = Distillation.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "config"
-        raise ValueError(
-            f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r:.80}"
-        ) from err
+    config = read_yaml(path, Distillation)
     base = path.parent.resolve()
     for name in ("folder", "train", "valid", "test"):
         setattr(config, name, base / getattr(config, name))

@@ -10,15 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mace_lora.atomic import write_text
+from mace_lora.atomic import content_digest, write_text
 
-__all__ = ["Stages", "digest"]
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+__all__ = ["Stages"]
 
 
 @dataclass
@@ -46,7 +40,7 @@ class Stages:
             files: the same, by their content.
             make: writes the results into a folder; called again after an interruption.
         """
-        inputs = {**settings, "files": [digest(f) for f in files]}
+        inputs = {**settings, "files": [content_digest(f) for f in files]}
         text = json.dumps(inputs, sort_keys=True, default=str)
         place = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         record = place / "stage.json"

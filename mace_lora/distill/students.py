@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mace_lora.atomic import content_digest
 from mace_lora.mace_plugin import launch
 
 from .config import Distillation, Training
-from .stages import digest
 
 __all__ = ["Framework", "MaceStudent", "default_flags", "framework", "plain"]
 
@@ -92,4 +92,4 @@ def default_flags(config: Distillation, epochs: int) -> dict[str, Any]:
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for a hash: files count by their content alone, wherever they lie."""
-    return launch.with_files(settings, digest)
+    return launch.with_files(settings, content_digest)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["embedded_dft_path"]
+__all__ = ["BASE_FILES", "embedded_dft_path"]
+
+_FOLDER = Path(__file__).parent
+BASE_FILES = (_FOLDER / "organic_small.safetensors", _FOLDER / "organic_small.json")
 
 
 def embedded_dft_path(molecule: str = "glycolamide") -> Path:
@@ -18,8 +21,7 @@ def embedded_dft_path(molecule: str = "glycolamide") -> Path:
     Raises:
         ValueError: another molecule.
     """
-    folder = Path(__file__).parent
-    known = sorted(p.name.removesuffix("_pbe0.extxyz.gz") for p in folder.glob("*_pbe0.extxyz.gz"))
+    known = sorted(p.name.removesuffix("_pbe0.extxyz.gz") for p in _FOLDER.glob("*_pbe0.extxyz.gz"))
     if molecule not in known:
         raise ValueError(f"molecule: expected one of {', '.join(known)}, got {molecule!r}")
-    return folder / f"{molecule}_pbe0.extxyz.gz"
+    return _FOLDER / f"{molecule}_pbe0.extxyz.gz"

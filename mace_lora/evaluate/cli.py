@@ -92,10 +92,10 @@ def _value(atoms: Any, key: str, index: int) -> Any:
 
 def _potential(model: str, adapter: Path | None, head: str | None, device: str, dtype: str) -> Any:
     """Calculator of a model file, or the labeler of that name."""
-    path = Path(model)
-    if ":" in model and not path.exists():
-        from mace_lora.augment.labelers import open_labeler
+    from mace_lora.augment.labelers import is_labeler, open_labeler
 
+    path = Path(model)
+    if is_labeler(model) and not path.exists():
         if adapter is not None or head is not None or (device, dtype) != ("cpu", "float64"):
             raise ValueError(f"--adapter, --head, --device, --dtype: {model} is a potential by name; leave them out")
         return open_labeler(model)

@@ -110,6 +110,8 @@ def rdf(
     for path in trajectories:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}")
+        if not path.stat().st_size:
+            raise ValueError(f"trajectories: {path} is empty")
         read[path] = ase.io.read(path, index)
     figure = Figure(figsize=(4.2 * len(pairs), 3.2), layout="constrained")
     axes = figure.subplots(1, len(pairs), squeeze=False)[0]

@@ -159,8 +159,8 @@ def _survive(
             reason = f"a bond is {worst:.1f} Å from its length at the start" if np.isfinite(worst) else "not finite"
         return bool(reason)
 
-    frames = run_trajectory(start, labeler, schedule, seed, str(path), collapsed)
-    return frames - bool(reason), reason
+    frames, failed = run_trajectory(start, labeler, schedule, seed, str(path), collapsed)
+    return frames - bool(reason), reason or (f"the potential failed ({failed})" if failed else "")
 
 
 def energy_drift(

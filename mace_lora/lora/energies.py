@@ -21,7 +21,7 @@ from mace_lora.mace_plugin import evaluation
 from .inject import ModulePlan
 from .layers import AdapterLayer
 
-__all__ = ["MODULE", "ReferenceFit", "fit_references", "reference_plan", "solve_offsets"]
+__all__ = ["MODULE", "ReferenceFit", "fit_references", "reference_plan", "shift", "solve_offsets"]
 
 MODULE, BUFFER = "atomic_energies_fn", "atomic_energies"
 # singular values below this share of the largest: combinations of elements that the data does not determine
@@ -58,6 +58,27 @@ def solve_offsets(counts: np.ndarray, residual: np.ndarray) -> np.ndarray:
     return solution
 
 
+def shift(references: torch.Tensor, table: evaluation.EnergyTable) -> np.ndarray:
+    """Add the least-squares offsets of a table to energy references, in place.
+
+    Args:
+        references: (heads, elements) or (elements,), eV.
+        table: residuals of labelled frames.
+
+    Returns:
+        residuals that are left, eV (frames,).
+    """
+    by_head = references.view(-1, references.shape[-1])
+    after: np.ndarray = table.residual.copy()
+    for head in range(by_head.shape[0]):
+        mine = table.head == head
+        if mine.any():
+            offsets = solve_offsets(table.counts[mine], table.residual[mine])
+            by_head[head] += torch.as_tensor(offsets).to(by_head)
+            after[mine] -= table.counts[mine] @ offsets
+    return after
+
+
 @torch.no_grad()
 def fit_references(model: nn.Module, adapter: str, dataset: Any, chosen: Sequence[int]) -> ReferenceFit | None:
     """Set the adapter's update of the energy references to the least-squares solution, in place.
@@ -77,15 +98,7 @@ def fit_references(model: nn.Module, adapter: str, dataset: Any, chosen: Sequenc
     table = evaluation.energy_table(model, dataset, chosen)
     if not len(table.residual):
         return None
-    by_head = update.view(-1, update.shape[-1])  # heads x elements
-    after = table.residual.copy()
-    for head in range(by_head.shape[0]):
-        mine = table.head == head
-        if not mine.any():
-            continue
-        offsets = solve_offsets(table.counts[mine], table.residual[mine])
-        by_head[head] += torch.as_tensor(offsets).to(by_head)
-        after[mine] -= table.counts[mine] @ offsets
+    after = shift(update, table)
     atoms = table.counts.sum(1)
     rms = [float(np.sqrt(np.mean((r / atoms) ** 2))) for r in (table.residual, after)]
     logging.info(

@@ -134,6 +134,11 @@ def _check_plan(plans: Sequence[ModulePlan], config: LoraConfig, irreps: set[str
             f"rank_pattern: the model has no weights of irrep {', '.join(unknown)}; "
             f"expected irreps among {', '.join(sorted(irreps)) or 'none'}"
         )
+    for option in ("targets", "exclude", "module_rank_pattern"):
+        for pattern in getattr(config, option) or ():
+            if not any(re.search(pattern, name) for name in names):
+                shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+                raise ValueError(f"{option}: no layer matches {pattern!r}; adaptable layers are {shown or 'none'}")
     for pattern in config.dense or ():
         if not any(re.search(pattern, f"{p.name}.{d}") for p in plans for d in p.dense):
             raise ValueError(f"dense: no parameter matches {pattern!r}")

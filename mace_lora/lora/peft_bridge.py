@@ -11,9 +11,12 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import peft
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora.layer import LoraLayer
+try:
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.lora.layer import LoraLayer
+except ImportError as err:
+    raise ImportError("PEFT's own loader needs peft: pip install 'equitune[peft]'") from err
 from torch import nn
 
 from .adapter import config_json

@@ -12,7 +12,7 @@ from typing import Any
 import ase.io
 import yaml
 
-from mace_lora.atomic import write_text
+from mace_lora.atomic import only_writer, write_text
 
 __all__ = ["normalisation", "run"]
 
@@ -36,7 +36,8 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
 
     Raises:
         FileNotFoundError: no such config or classical file.
-        ValueError: the config has no or wrong ``autotune`` keys, or a stage fails.
+        ValueError: the config has no or wrong ``autotune`` keys, a stage fails, or another run
+            trains there now.
     """
     file = folder / f"{name}.yaml"
     if not file.is_file():
@@ -122,5 +123,7 @@ def _train(folder: Path, name: str, out: Path, overrides: Sequence[str]) -> None
     command.append(f"folder={out}")
     if (out / "last.ckpt").is_file():
         command.append(f"++ckpt_path={out / 'last.ckpt'}")
-    if subprocess.run(command, check=False).returncode:
+    with only_writer(out) as lock:
+        code = subprocess.run(command, pass_fds=(lock,), check=False).returncode
+    if code:
         raise ValueError(f"nequip-train failed in {out} (its messages are above); the same command continues it")

@@ -17,7 +17,7 @@ from mace_lora.lora.config import LoraConfig
 from mace_lora.lora.coverage import coverage
 from mace_lora.lora.fingerprint import fingerprint
 from mace_lora.lora.inject import ModulePlan, adapter_layers, adapter_names, apply_plan, plan_lora
-from nequip_ext.upstream.build import is_packaging
+from nequip_ext.upstream.build import is_loading, is_packaging
 
 from .metadata import base_metadata, check_adapter, restore_energies
 
@@ -77,11 +77,14 @@ def LoRA(
         inner = next(iter(built.values()))
     if adapter_names(inner):
         raise ValueError("model: it has LoRA adapters already; wrap the base, or give 'adapter' to continue from one")
+    patterns: dict[str, Any] = {  # a string stays one, and is refused
+        k: v if v is None or isinstance(v, str) else tuple(v)
+        for k, v in (("targets", targets), ("exclude", exclude), ("dense", dense))
+    }
     config = LoraConfig(
         rank=rank, alpha=float(rank) if alpha is None else alpha, preset=preset, init=init,
         rank_pattern=dict(rank_pattern or {}), module_rank_pattern=dict(module_rank_pattern or {}),
-        targets=None if targets is None else tuple(targets), exclude=tuple(exclude),
-        dense=None if dense is None else tuple(dense),
+        **patterns,
     )  # fmt: skip
     saved = None
     if adapter is not None:
@@ -92,6 +95,7 @@ def LoRA(
         if saved.metadata.get("framework") == "nequip":
             restore_energies(inner, saved.metadata)
         config = saved.config
+    _refuse_trained_references(inner)
     metadata = base_metadata(inner) | {"base_fingerprint": fingerprint(inner), "base_model": _source(model)}
     if saved is not None:
         check_adapter(saved, metadata, Path(str(adapter)))
@@ -156,8 +160,23 @@ def _references(model: nn.Module, plan: Sequence[ModulePlan]) -> list[ModulePlan
     ]  # fmt: skip
 
 
+def _refuse_trained_references(model: nn.Module) -> None:
+    """Shifts and scales are the base's: shifts are refitted by SaveAdapter, and nothing would train them."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "PerTypeScaleShift":
+            for kind in ("shifts", "scales"):
+                if getattr(module, f"{kind}_trainable", False) and not is_loading():
+                    raise ValueError(
+                        f"model: {name}: {kind}_trainable: a LoRA adapter does not train them (SaveAdapter refits the "
+                        f"shifts by least squares); set {kind}_trainable: false"
+                    )
+
+
 def _merge_when_packaged(model: nn.Module) -> None:
     """During ``nequip-package`` the layers pickle as their merged base, unless EQUITUNE_PACKAGE=unmerged."""
+    wanted = os.environ.get("EQUITUNE_PACKAGE", "merged")
+    if wanted not in ("merged", "unmerged"):
+        raise ValueError(f"EQUITUNE_PACKAGE: expected merged or unmerged, got {wanted!r}")
     if is_packaging():
         for layer in adapter_layers(model).values():
-            layer.pickle_merged = os.environ.get("EQUITUNE_PACKAGE", "merged") != "unmerged"
+            layer.pickle_merged = wanted == "merged"

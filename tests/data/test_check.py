@@ -14,6 +14,7 @@ from ase.calculators.emt import EMT
 
 from mace_lora.data import check_frames, require_sound
 from mace_lora.data.consistency import energy_force_slope, units_of_slope
+from mace_lora.data.magnitude import bond_stiffness, energy_unit, force_unit
 
 
 def good(count: int = 20) -> list[Atoms]:
@@ -77,6 +78,89 @@ def test_units_from_energies_and_forces(energy, force, guess):
         assert any(guess in remedy for _, _, remedy in found.values()), found
     else:  # Hartree and Hartree/Bohr: only the length shows
         assert units_of_slope(slope).startswith("it looks like")
+
+
+def organic(count: int = 60) -> list[Atoms]:
+    """Molecules in no order, with labels as of an all-electron program."""
+    from mace_lora.augment import open_labeler
+
+    pytest.importorskip("tblite")
+    labeler, frames = open_labeler("gfn2-xtb"), []
+    for seed in range(count):
+        atoms = molecule(("CH3CH2OH", "CH3COOH", "CH3CONH2", "CH4", "H2O", "NH3")[seed % 6])
+        atoms.rattle(0.05, seed=seed)
+        labels = labeler.label(atoms)
+        # GFN2-xTB has valence electrons alone; PBE0's free atoms are those of the recipes (eV)
+        atoms.info["REF_energy"] = labels.energy + sum({"H": -2.9, "C": -978.7, "N": -1411.5, "O": -1936.3}[s]
+                                                       for s in atoms.get_chemical_symbols())  # fmt: skip
+        atoms.arrays["REF_forces"] = labels.forces
+        frames.append(atoms)
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("energy", "force", "expected"),
+    [
+        (1.0, 1.0, []),
+        (1.0, units.mol / units.kcal, ["it looks like kcal/mol/Å; expected eV/Å"]),
+        (1.0, units.Bohr / units.Hartree, ["it looks like Hartree/Bohr; expected eV/Å"]),
+        (1.0, -1.0, ["the sign is wrong (gradients?)"]),
+        (1 / units.Hartree, 1.0, ["convert the energies to eV, and see to the forces as well"]),
+        (units.mol / units.kcal, 1.0, ["convert the energies to eV, and see to the forces as well"]),
+    ],
+)
+def test_units_show_without_a_trajectory(energy, force, expected):
+    frames = organic()
+    for atoms in frames:
+        atoms.info["REF_energy"] *= energy
+        atoms.arrays["REF_forces"] *= force
+    found = [(what, remedy) for what, (severity, _, remedy) in problems(frames).items() if severity == "error"]
+    assert {*expected} <= {remedy for _, remedy in found} and bool(found) == bool(expected), found
+    if energy != 1.0:
+        unit = "Hartree" if energy < 1 else "kcal/mol"
+        assert found[0][0] == f"energies are those of the free atoms in {unit}, all electrons counted; expected eV"
+
+
+def test_sound_data_that_look_odd():
+    """Valence-only energies, and relaxed bonds whose lengths differ by kind, are no mix-up of units."""
+    from mace_lora.augment import open_labeler
+
+    pytest.importorskip("tblite")
+    labeler, hot, relaxed = open_labeler("gfn2-xtb"), [], []
+    for seed in range(40):
+        atoms = molecule("CH3CH2OH")
+        atoms.rattle(0.04, seed=seed)
+        still = molecule(("CH3CHO", "CH3CH2OH", "HCOOH", "CH3CONH2")[seed % 4])
+        still.rattle(0.001, seed=seed)
+        for frames, frame in ((hot, atoms), (relaxed, still)):
+            labels = labeler.label(frame)
+            frame.info["REF_energy"], frame.arrays["REF_forces"] = labels.energy, labels.forces
+            frames.append(frame)
+    for frames in (hot, relaxed):
+        assert not [p for p in check_frames(frames) if p.severity == "error"]
+
+
+def test_magnitudes_of_real_sets(shared_data):
+    """Bonds to hydrogen are as stiff in every public set; total energies are recognised where they are such."""
+    for path, unit in (
+        ("ani1x_wB97X/ani1x_1000_6-31Gs.extxyz", "eV"), ("qm7x_PBE0MBD/qm7x_2500.extxyz", "eV"),
+        ("3bpa_wB97X/train_300K.xyz", "eV"), ("mad_PBEsol/mad_small_1000.extxyz", ""),
+    ):  # fmt: skip
+        frames = ase.io.read(shared_data / path, ":100")
+        forces = [a.get_forces() for a in frames]
+        stiffness, correlation, bonds = bond_stiffness(frames, forces)
+        assert 15 < stiffness < 60 and correlation < -0.7 and bonds > 100, path
+        assert force_unit(stiffness) == "eV/Å"
+        assert energy_unit(frames, [a.get_potential_energy() for a in frames])[0] == unit
+
+
+def test_slopes_near_one_are_a_warning():
+    """Hot frames are too far apart for a slope of exactly 1; no mix-up of units is as small."""
+    frames = good()
+    for atoms in frames:
+        atoms.arrays["REF_forces"] *= 1.2
+    severity, _, remedy = only(frames, "energies follow the forces with slope 0.8")
+    assert severity == "warning" and "two methods" in remedy
 
 
 def test_missing_and_wrong_keys():

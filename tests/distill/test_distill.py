@@ -181,7 +181,7 @@ def test_stage_is_kept_by_content(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"teachers": {}}, "teachers: Extra inputs are not permitted"),
+        ({"teachers": {}}, "teachers: unknown key, expected one of folder, train, valid"),
         ({"teacher": {"flags": {}}}, "teacher: expected either flags of a fine-tuning, a potential, or labelled"),
         ({"teacher": {"labelled": "gone.xyz"}}, "labelled: no file .*gone.xyz"),
         ({"student.flags": {}}, "student: expected flags of a MACE model, or nequip with a config"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BIN, dft_frames, flags, train
+from mace.calculators import MACECalculator
 
 TWO_STAGES = {
     "foundation_model": None, "lora": None, "lora_rank": None, "multiheads_finetuning": None, "E0s": "average",
@@ -46,8 +47,17 @@ def test_both_stages_and_again(job, classical, tmp_path):
     assert found and 0.3 < float(found[1]) <= 1.0
     residual = re.search(r"energy residual on 10 frames ([\d.]+) meV/atom before, ([\d.]+) after refitting", shown)
     assert residual and float(residual[2]) < 0.1 * float(residual[1])
+    refits = re.findall(r"energy references refitted: residual ([\d.]+) -> ([\d.]+) meV/atom", shown)
+    assert refits and all(float(after) <= float(before) for before, after in refits)
     first, second = load(tmp_path / "run_classical.model"), load(tmp_path / "run.model")
     assert type(first) is type(second)
+    frames = ase.io.read(job / "train.xyz", ":")
+    residual = []
+    for atoms in frames:
+        reference = atoms.info["REF_energy"]
+        atoms.calc = MACECalculator(models=[second], device="cpu", default_dtype="float64")
+        residual.append((reference - atoms.get_potential_energy()) / len(atoms))
+    assert abs(np.mean(residual)) < 1e-6  # nothing constant is left
     e0s = [m.atomic_energies_fn.atomic_energies.reshape(-1) for m in (first, second)]
     assert (e0s[0] - e0s[1]).abs().max() > 1.0  # other level of theory
     stamp = (tmp_path / "run_classical.model").stat().st_mtime_ns

@@ -54,6 +54,14 @@ def test_bad_requests():
         radial_distribution([], ("Ar", "Ar"))
 
 
+def test_empty_trajectory(tmp_path):
+    (tmp_path / "a.xyz").touch()
+    program = Path(sys.executable).parent / "equitune"
+    run = [program, "rdf", tmp_path / "a.xyz", "--pair", "O-O", "-o", tmp_path / "o.png"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 2 and "a.xyz is empty" in " ".join(done.stderr.split())
+
+
 def test_command(tmp_path):
     for name, seeds in (("a", range(5)), ("b", range(5, 10))):
         ase.io.write(tmp_path / f"{name}.xyz", [gas(s) for s in seeds])

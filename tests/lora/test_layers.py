@@ -271,7 +271,7 @@ def test_coverage_counts_what_is_trained():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LoraConfig(targets=("nowhere",)), r"targets: no layer matches targets=\('nowhere',\)"),
+        (LoraConfig(targets=("nowhere",)), r"targets: no layer matches 'nowhere'; adaptable layers are"),
         (LoraConfig(rank_pattern={"3o": 4}), r"rank_pattern: the model has no weights of irrep 3o; expected irreps"),
         (LoraConfig(dense=("nothing",)), r"dense: no parameter matches 'nothing'"),
         (LoraConfig(rank_pattern={"0e": 0, "1o": 0, "1e": 0}), r"targets: no layer matches"),

@@ -50,6 +50,24 @@ def energy_forces(model, rotation=None):
     return atoms.get_potential_energy(), torch.tensor(atoms.get_forces()).double()
 
 
+def test_as_a_labeler():
+    """equitune label --with sevennet:NAME: SevenNet's own values, forces that are -dE/dx, stress where periodic."""
+    from mace_lora.augment import open_labeler
+
+    labeler, atoms = open_labeler("sevennet:7net-0"), bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    labels = labeler.label(atoms)
+    energy, forces = energy_forces("7net-0")
+    assert labels.energy == pytest.approx(energy, abs=1e-5) and labels.stress is not None
+    assert torch.allclose(torch.tensor(labels.forces).double(), forces, atol=1e-5)
+    energies = []
+    for sign in (1, -1):
+        moved = atoms.copy()
+        moved.positions[0, 0] += sign * 0.01
+        energies.append(labeler.label(moved).energy)
+    assert labels.forces[0, 0] == pytest.approx(-(energies[0] - energies[1]) / 0.02, abs=5e-3)  # float32
+
+
 @pytest.fixture(scope="module")
 def base():
     return foundation()

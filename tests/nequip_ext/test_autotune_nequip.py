@@ -1,6 +1,7 @@
 """equitune nequip-autotune: two stages of nequip-train from one YAML."""
 
 import gzip
+import re
 import shutil
 
 import ase
@@ -58,6 +59,8 @@ def test_two_stages(work):
     log = (work / "log").read_text()
     assert log.index("stage one: training on") < log.index("stage two: fine-tuning") < log.index("written:")
     assert "tensors taken over from" in log and "kept of this level of theory" in log
+    before, after = map(float, re.findall(r"rms residual ([\d.]+) -> ([\d.]+) per atom", log)[-1])
+    assert after < 0.5 * before
     first, second = (model_of(work / "out" / p) for p in ("classical/best.ckpt", "best.ckpt"))
     assert list(first.state_dict()) == list(second.state_dict())
     norms = [{n: b for n, b in m.named_buffers() if n.endswith("norm_const")} for m in (first, second)]
@@ -65,6 +68,22 @@ def test_two_stages(work):
     package = work / "tuned.nequip.zip"
     call(BIN / "nequip-package", "build", work / "out" / "best.ckpt", package)
     assert close(predict(package, "block"), predict(work / "out" / "best.ckpt", ""), 1e-4, 1e-2)
+
+
+def test_as_a_labeler(work):
+    """equitune label --with nequip:FILE: the model's own energies, forces that are their derivative."""
+    from mace_lora.augment import open_labeler
+
+    checkpoint = work / "out" / "best.ckpt"
+    labeler = open_labeler(f"nequip:{checkpoint}")
+    frames = ase.io.read(ROOT / "mace_lora" / "embedded" / "glycolamide_pbe0.extxyz.gz", "0:3", format="extxyz")
+    labels = [labeler.label(a) for a in frames]
+    expected = predict(checkpoint, "")
+    assert [x.energy for x in labels] == pytest.approx([e for e, _ in expected], abs=1e-3)
+    assert [float(abs(x.forces).sum()) for x in labels] == pytest.approx([f for _, f in expected], abs=1e-2)
+    assert labeler.identity.startswith("nequip:best.ckpt#")
+    with pytest.raises(ValueError, match="nequip: the model does not know Cu"):
+        labeler.label(ase.Atoms("Cu"))
 
 
 def test_again_leaves_stage_one_alone_and_continues(work):
@@ -116,6 +135,13 @@ def test_weights_and_levels(work, tmp_path):
             torch.testing.assert_close(value, theirs[name])
 
 
+def test_aligning_needs_shifts(work):
+    shown = run(work, "training_module.model.model.per_type_energy_shifts=null", check=False, out="none")
+    assert "has no per_type_energy_shifts to refit; set them (0.0 will do)" in " ".join(shown.split())
+    with pytest.raises(ValueError, match="max_frames: expected at least 1, got 0"):
+        nequip_ext.AlignEnergies(max_frames=0)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -125,8 +151,6 @@ def test_weights_and_levels(work, tmp_path):
     ],
 )
 def test_bad_configs(work, override, message):
-    import re
-
     shown = " ".join(run(work, override, check=False, out="bad").split())
     assert re.search(message, shown), shown[-800:]
     assert not (work / "bad").exists()

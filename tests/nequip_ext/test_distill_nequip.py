@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 pytest.importorskip("nequip")
+from mace_lora.atomic import only_writer
 from nequip_ext.distill import NequipStudent, check_config, compose
 
 PROGRAM = Path(sys.executable).parent / "equitune"
@@ -76,6 +77,8 @@ def test_a_killed_training_goes_on(place, tmp_path):
     data = (place / "train.xyz", place / "valid.xyz")
     student.train(student.settings(Training, 0.01, None), data, tmp_path)
     assert [epoch for epoch, _, _ in student.curve(tmp_path)] == [0]
+    with only_writer(tmp_path), pytest.raises(ValueError, match=r"another run is writing there now; wait for it"):
+        student.train(student.settings(Training, 0.01, None), data, tmp_path)
     Training.epochs = 3
     student.train(student.settings(Training, 0.01, None), data, tmp_path)
     assert [epoch for epoch, _, _ in student.curve(tmp_path)] == [0, 1, 2]

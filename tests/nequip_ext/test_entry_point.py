@@ -25,6 +25,12 @@ def test_import_stays_light_and_is_done_by_nequip():
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
+def test_nothing_heavy_comes_along():
+    """torchmetrics, which nequip imports, imports transformers wherever it is installed: we must not bring it."""
+    required = [r for r in importlib.metadata.requires("equitune") or () if "extra ==" not in r]
+    assert required and not [r for r in required if r.startswith(("peft", "transformers", "accelerate"))]
+
+
 def test_core_adapts_a_real_nequip_model():
     """Coverage of a NequIP GNN by the e3nn-level core: identity, training and merge."""
     import torch

@@ -100,7 +100,7 @@ def test_adapter_of_a_mace_base_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
-        ({"targets": ["no_such_layer"]}, r"targets: no layer matches targets=\('no_such_layer',\)"),
+        ({"targets": ["no_such_layer"]}, r"targets: no layer matches 'no_such_layer'; adaptable layers are"),
         ({"rank_pattern": {"7e": 2}}, "rank_pattern: the model has no weights of irrep 7e"),
         ({"dense": ["nothing"]}, "dense: no parameter matches 'nothing'"),
         ({"preset": "other"}, "preset: expected one of"),

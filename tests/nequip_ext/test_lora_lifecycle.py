@@ -191,6 +191,45 @@ def test_muon_leaves_the_base_alone(work, tmp_path):
     assert all((before[n] == after[n]).all() for n in before)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("types=[C,H,N,O,F,S]", "data: model_type_names: expected ['H', 'C', 'N', 'O', 'F', 'S'], in this order"),
+        ("r_max=3.0", "data: r_max of NeighborListTransform: expected at least the model's 5 Å, got 3 Å"),
+        (
+            "+training_module.model.targets=sc",
+            "targets: expected a sequence of regular expressions, got the str",
+        ),
+        ("+training_module.model.targets=[sc,edge_mpl]", "targets: no layer matches 'edge_mpl'; adaptable layers are"),
+        ("training_module.model.model.modifiers.0.shifts_trainable=true", "shifts_trainable: a LoRA adapter does not"),
+        (
+            "trainer.callbacks.1._target_=nequip_ext.AlignEnergies ~trainer.callbacks.1.path",
+            "AlignEnergies: the shifts of a LoRA model belong",
+        ),
+    ],
+)
+def test_settings_that_would_be_wrong_silently(work, tmp_path, override, message):
+    prefix = "+" if "shifts_trainable" in override else ""
+    log = train("nequip_lora", f"folder={tmp_path}", f"base={work}/base/best.ckpt", "epochs=1",
+                *(prefix + override).split(), check=False)  # fmt: skip
+    assert message in " ".join(log.split())
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_another_base_under_a_continued_run(work, tmp_path):
+    """The adapter would not know its true base."""
+    import shutil
+
+    base = tmp_path / "base.ckpt"
+    shutil.copy(work / "base" / "best.ckpt", base)
+    common = (f"folder={tmp_path}", f"base={base}")
+    train("nequip_lora", *common, "epochs=1")
+    train("nequip_scratch", "epochs=1", "seed=5", f"folder={tmp_path}/other")
+    shutil.copy(tmp_path / "other" / "best.ckpt", base)
+    log = train("nequip_lora", *common, "epochs=2", f"++ckpt_path={tmp_path}/last.ckpt", check=False)
+    assert "SaveAdapter: the base changed since the model was built" in log
+
+
 def test_callback_without_lora_or_checkpoint(work, tmp_path):
     common = (f"folder={tmp_path}", f"base={work}/base/best.ckpt", "epochs=1")
     log = train("nequip_lora", *common, "training_module.model._target_=nequip.model.modify",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .registry import Labeler, Labels, labeler_help, open_labeler
+from .registry import Labeler, Labels, is_labeler, labeler_help, open_labeler
 
-__all__ = ["Labeler", "Labels", "labeler_help", "open_labeler"]
+__all__ = ["Labeler", "Labels", "is_labeler", "labeler_help", "open_labeler"]

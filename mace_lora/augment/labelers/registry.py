@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,9 @@ from typing import Any
 import ase
 import numpy as np
 
-__all__ = ["Labeler", "Labels", "Method", "labeler_help", "open_labeler"]
+from mace_lora.atomic import content_digest
+
+__all__ = ["Labeler", "Labels", "Method", "is_labeler", "labeler_help", "open_labeler"]
 
 # A calculator's factory gets the frame, since charge, spin and topology belong to it.
 Factory = Callable[[ase.Atoms], Any]
@@ -97,6 +100,8 @@ class Labeler:
         """
         frame = ase.Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
         frame.info.update(atoms.info)
+        if "residuenumbers" in atoms.arrays:
+            frame.set_array("residuenumbers", atoms.arrays["residuenumbers"])
         frame.calc = self.calculator(frame)
         energy, forces = float(frame.get_potential_energy()), np.array(frame.get_forces(), dtype=float)
         stress = None
@@ -112,7 +117,8 @@ def _check_electrons(atoms: ase.Atoms) -> None:
     """Charge and multiplicity (``info['charge']``, ``info['spin']``) must fit the number of electrons."""
     charge, spin = atoms.info.get("charge", 0), atoms.info.get("spin", 1)
     for name, value in (("charge", charge), ("spin", spin)):
-        if not math.isfinite(float(value)) or int(value) != value:
+        number = isinstance(value, int | float | np.number)
+        if not number or not math.isfinite(value) or int(value) != value:
             raise ValueError(f"info[{name!r}]: expected an integer, got {value!r}")
     electrons = int(atoms.numbers.sum()) - int(charge)
     if electrons < 1 or spin < 1 or spin > electrons + 1 or (electrons - (int(spin) - 1)) % 2:
@@ -135,6 +141,11 @@ def labeler_help() -> str:
     for m in _methods().values():
         lines.append(f"{m.name}{':' + m.argument if m.argument else ''}  {m.help}")
     return "\n".join([*lines, "MODULE:FUNCTION  your own: a function of the frame that returns an ASE calculator"])
+
+
+def is_labeler(name: str) -> bool:
+    """Whether this is how a labeler is named; a file of the same name is not looked for."""
+    return ":" in name or name in _methods()
 
 
 def open_labeler(name: str) -> Labeler:
@@ -162,24 +173,39 @@ def open_labeler(name: str) -> Labeler:
     factory, level = method.open(argument)
     versions = {pip: _version(pip) for pip in method.packages.values()}
     identity = name
-    if method.files and (digest := _digest([Path(a) for a in argument.split("+")])):
-        identity = f"{name}#{digest}"
+    paths = [Path(a) for a in argument.split("+")]
+    if method.files and (digest := _digest(paths)):  # wherever the files lie
+        identity = f"{head}:{'+'.join(p.name if p.exists() else str(p) for p in paths)}#{digest}"
     return Labeler(name, level, versions, factory, method.electrons, identity)
 
 
 def _digest(paths: list[Path]) -> str:
     """16 hexadecimal digits of the content of those that exist; "" when none does."""
-    files = [f for p in paths for f in (sorted(p.glob("adapter_*")) if p.is_dir() else [p]) if f.is_file()]
+    files = [f for p in paths for f in _files(p) if f.is_file()]
     if not files:
         return ""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(content_digest(file)))
     return digest.hexdigest()[:16]
 
 
+def _files(path: Path) -> list[Path]:
+    """Files whose content a path stands for."""
+    if path == Path("embedded"):
+        from mace_lora.embedded import BASE_FILES
+
+        return list(BASE_FILES)
+    if path.is_dir():
+        return sorted(path.glob("adapter_*"))
+    if path.suffix in (".safetensors", ".json"):  # a model of ours is both
+        return [path.with_suffix(".safetensors"), path.with_suffix(".json")]
+    return [path]
+
+
 def _callable(name: str, module: str, attribute: str) -> Labeler:
+    if (here := str(Path.cwd())) not in sys.path:  # as for a script there
+        sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as err:
@@ -187,7 +213,9 @@ def _callable(name: str, module: str, attribute: str) -> Labeler:
         raise ValueError(f"labeler: {name!r} is neither a known name ({known}) nor importable ({err})") from err
     if not callable(function):
         raise ValueError(f"labeler: {name!r} is a {type(function).__name__}, not a function")
-    return Labeler(name, name, {}, function)
+    source = getattr(sys.modules[module], "__file__", None)
+    digest = _digest([Path(source)]) if source else ""
+    return Labeler(name, name, {}, function, identity=f"{name}#{digest}" if digest else name)
 
 
 def _version(package: str) -> str:

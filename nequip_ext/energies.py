@@ -1,0 +1,163 @@
+"""Energy references of a training in NequIP: how far labels and model are apart, and least squares for the shifts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from nequip.data import AtomicDataDict
+from torch import nn
+
+from mace_lora.lora.blocks import is_kind
+from mace_lora.lora.energies import solve_offsets
+
+__all__ = ["AlignEnergies", "check_data", "predict", "refit", "residuals_of", "training_batches"]
+
+_LOG = logging.getLogger("equitune")
+
+
+class AlignEnergies(lightning.Callback):
+    """Refit the energy shifts of the types to the training frames before a training starts.
+
+    For fine-tuning with all weights, also after a classical stage: without it the first epochs are spent on a constant.
+    Prints the residual before and after; a continued training is left alone.
+
+    Args:
+        max_frames: training frames used.
+    """
+
+    def __init__(self, max_frames: int = 200) -> None:
+        super().__init__()
+        if max_frames < 1:
+            raise ValueError(f"max_frames: expected at least 1, got {max_frames}")
+        self.max_frames = max_frames
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refit, unless training goes on from a checkpoint.
+
+        Raises:
+            ValueError: the model has no per-type shifts, or the training frames no energies.
+        """
+        if trainer.ckpt_path is not None:
+            return
+        for name, model in pl_module.model.items():
+            if hasattr(model, "equitune_metadata"):
+                raise ValueError(
+                    "AlignEnergies: the shifts of a LoRA model belong to its frozen base; leave it out, "
+                    "SaveAdapter refits them"
+                )
+            check_data(trainer, model)
+            layers = [m for m in model.modules() if is_kind(m, "PerTypeScaleShift", "nequip.nn.atomwise")]
+            if not layers or not layers[-1].has_shifts:
+                raise ValueError(
+                    f"AlignEnergies: the model {name} has no per_type_energy_shifts to refit; set them (0.0 will do)"
+                )
+            if not refit(trainer, pl_module, model, layers[-1].shifts, self.max_frames):
+                raise ValueError("AlignEnergies: expected total_energy labels in the training frames, got none")
+
+
+@torch.no_grad()
+def refit(trainer: Any, pl_module: Any, model: Any, shifts: torch.Tensor, max_frames: int) -> bool:
+    """Add the least-squares offsets of label minus model (training frames) to shifts, and to their EMA copy.
+
+    Args:
+        shifts: values for each type, or one for all, eV; changed in place.
+        max_frames: frames used.
+
+    Returns:
+        whether the frames have energies.
+    """
+    residuals, counts = [], []
+    for batch in training_batches(trainer, max_frames):
+        residual, table = residuals_of(batch, predict(model, batch), len(model.type_names))
+        residuals.append(residual)
+        counts.append(table)
+    if not sum(map(len, residuals)):
+        return False
+    table, residual = np.concatenate(counts), np.concatenate(residuals)
+    offsets = solve_offsets(table, residual)
+    if shifts.numel() == 1:  # one shift for all types
+        offsets = np.array([np.mean(residual / table.sum(1))])
+    new = shifts + torch.as_tensor(offsets).to(shifts).reshape(shifts.shape)
+    rms = [float(np.sqrt(np.mean((r / table.sum(1)) ** 2))) for r in (residual, residual - shifted(table, offsets))]
+    _LOG.info("energy shifts refitted on %d frames: rms residual %.5f -> %.5f per atom", len(residual), *rms)
+    for tensor in with_averages(pl_module, shifts):
+        tensor.copy_(new)
+    return True
+
+
+def training_batches(trainer: Any, max_frames: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Training frames in order, in batches, without disturbing the training loader's shuffling."""
+    loader = trainer.datamodule.train_dataloader()
+    dataset, collate = loader.dataset, loader.collate_fn
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(max_frames, len(dataset))).round().astype(int))
+    device = trainer.strategy.root_device
+    for start in range(0, len(chosen), 20):
+        batch = collate([dataset[int(i)] for i in chosen[start : start + 20]])
+        yield {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def predict(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.enable_grad():
+        # the plain forward: a compiled variant would be made for this batch's shape
+        out = model.model({k: v for k, v in batch.items() if k in model.model_input_fields})  # type: ignore[operator]
+    return {k: v.detach() for k, v in out.items() if torch.is_tensor(v)}
+
+
+def residuals_of(
+    batch: dict[str, torch.Tensor], out: dict[str, torch.Tensor], types: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Label minus model energy (labelled frames,) and their numbers of atoms of each type (frames, types)."""
+    key = AtomicDataDict.TOTAL_ENERGY_KEY
+    frame = batch[AtomicDataDict.BATCH_KEY].cpu().numpy()
+    table = np.zeros((frame.max() + 1, types))
+    np.add.at(table, (frame, batch[AtomicDataDict.ATOM_TYPE_KEY].reshape(-1).cpu().numpy()), 1.0)
+    if key not in batch:
+        return np.zeros(0), table[:0]
+    difference = (batch[key] - out[key]).double().reshape(-1).cpu().numpy()
+    labelled = np.isfinite(difference)
+    return difference[labelled], table[labelled]
+
+
+def check_data(trainer: Any, model: Any) -> None:
+    """The training data must number the types as the model does, and have neighbours as far as it looks.
+
+    Upstream does not compare them: a model on data with other types or a shorter cutoff trains, and is wrong.
+
+    Raises:
+        ValueError: another order or set of types, or a shorter cutoff.
+    """
+    waiting = [trainer.datamodule.train_dataloader().dataset]
+    while waiting:
+        dataset = waiting.pop()
+        waiting += [dataset.dataset] if hasattr(dataset, "dataset") else list(getattr(dataset, "datasets", ()))
+        for transform in getattr(dataset, "transforms", ()):
+            types, cutoff = getattr(transform, "model_type_names", None), getattr(transform, "r_max", None)
+            if types is not None and list(types) != list(model.type_names):
+                raise ValueError(
+                    f"data: model_type_names: expected {list(model.type_names)}, in this order, as in the model, got "
+                    f"{list(types)}"
+                )
+            if cutoff is not None and float(cutoff) < float(model.metadata["r_max"]) - 1e-6:
+                raise ValueError(
+                    f"data: r_max of {type(transform).__name__}: expected at least the model's "
+                    f"{float(model.metadata['r_max']):g} Å, got {float(cutoff):g} Å"
+                )
+
+
+def shifted(table: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    shifted: np.ndarray = table.sum(1) * offsets[0] if len(offsets) == 1 else table @ offsets
+    return shifted
+
+
+def with_averages(pl_module: Any, parameter: torch.Tensor) -> list[torch.Tensor]:
+    """A parameter and, with EMA, its other copy: refits must not be averaged with the past."""
+    ema = getattr(pl_module, "ema", None)
+    if ema is None:
+        return [parameter]
+    index = next((i for i, p in enumerate(pl_module.model.parameters()) if p is parameter), None)
+    return [parameter] if index is None else [parameter, ema.ema_weights[index]]  # fixed shifts have no average
