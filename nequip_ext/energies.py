@@ -91,13 +91,14 @@ def refit(trainer: Any, pl_module: Any, model: Any, shifts: torch.Tensor, max_fr
 
 
 def training_batches(trainer: Any, max_frames: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Training frames in order, in batches, without disturbing the training loader's shuffling."""
+    """Training frames in order, in batches no larger than the training's; its shuffling is not disturbed."""
     loader = trainer.datamodule.train_dataloader()
     dataset, collate = loader.dataset, loader.collate_fn
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(max_frames, len(dataset))).round().astype(int))
     device = trainer.strategy.root_device
-    for start in range(0, len(chosen), 20):
-        batch = collate([dataset[int(i)] for i in chosen[start : start + 20]])
+    size = min(20, loader.batch_size or 20)  # larger ones might not fit the device
+    for start in range(0, len(chosen), size):
+        batch = collate([dataset[int(i)] for i in chosen[start : start + size]])
         yield {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 

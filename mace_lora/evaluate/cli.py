@@ -48,7 +48,7 @@ def evaluate(
         raise FileNotFoundError(f"no file {frames}")
     structures = ase.io.read(frames, index if ":" in index else f"{index}:{int(index) + 1}")
     groups = {key: [_value(a, key, i) for i, a in enumerate(structures)] for key in by or []}
-    calculator = _potential(model, adapter, head, device, dtype)
+    calculator = _potential(model, adapter, head, device, dtype, structures)
     predictions = predict(calculator, structures, energy_key, forces_key, stress_key, progress=_bar)  # type: ignore[arg-type]
     content = report(
         predictions, level, groups, model=model, adapter=str(adapter) if adapter else None, frames_file=str(frames)
@@ -90,7 +90,7 @@ def _value(atoms: Any, key: str, index: int) -> Any:
     return atoms.info[key]
 
 
-def _potential(model: str, adapter: Path | None, head: str | None, device: str, dtype: str) -> Any:
+def _potential(model: str, adapter: Path | None, head: str | None, device: str, dtype: str, frames: list[Any]) -> Any:
     """Calculator of a model file, or the labeler of that name."""
     from mace_lora.augment.labelers import is_labeler, open_labeler
 
@@ -100,7 +100,20 @@ def _potential(model: str, adapter: Path | None, head: str | None, device: str, 
             raise ValueError(f"--adapter, --head, --device, --dtype: {model} is a potential by name; leave them out")
         return open_labeler(model)
     loaded = model_from(path, adapter)
+    _require_elements(loaded, path, frames)
     return _nequip(loaded, head, device) if is_nequip_file(path) else _calculator(loaded, head, device, dtype)
+
+
+def _require_elements(model: Any, path: Path, frames: list[Any]) -> None:
+    from ase.data import chemical_symbols
+
+    known = set(model.type_names) if is_nequip_file(path) else {chemical_symbols[int(z)] for z in model.atomic_numbers}
+    for i, atoms in enumerate(frames):
+        missing = sorted(set(atoms.get_chemical_symbols()) - known)
+        if missing:
+            raise ValueError(
+                f"frame {i}: {path.name} does not know {', '.join(missing)}; it knows {', '.join(sorted(known))}"
+            )
 
 
 def _nequip(model: Any, head: str | None, device: str) -> Any:

@@ -22,7 +22,7 @@ def model_card(content: Mapping[str, Any], run: Mapping[str, str], parameters: i
         "---",
         "library_name: peft",
         f"base_model: {meta.get('base_model', 'unknown')}",
-        "tags: [lora, mace, interatomic-potential, equitune]",
+        f"tags: [lora, {meta.get('framework', 'mace')}, interatomic-potential, equitune]",
         "---",
         "",
         "# LoRA adapter for an equivariant interatomic potential",
@@ -35,19 +35,33 @@ def model_card(content: Mapping[str, Any], run: Mapping[str, str], parameters: i
         f"| adapted modules | {len(own['modules'])} |",
     ]
     for key in (
-        "base_fingerprint", "foundation_fingerprint", "elements", "r_max", "E0s", "units", "level_of_theory",
-        "heads", "e3nn_convention", "versions", "command", "data",
+        "base_fingerprint", "foundation_fingerprint", "elements", "type_names", "r_max", "E0s", "energy_shifts",
+        "units", "level_of_theory", "heads", "e3nn_convention", "versions", "command", "data",
     ):  # fmt: skip
         if key in meta:
             lines.append(f"| {key.replace('_', ' ')} | `{meta[key]}` |")
     lines += [f"| {k.replace('_', ' ')} | {v} |" for k, v in run.items() if k != "format"]
-    lines += [
-        "",
+    lines += ["", *_usage(meta), ""]
+    return "\n".join(lines)
+
+
+def _usage(metadata: Mapping[str, Any]) -> list[str]:
+    """Code that puts the adapter on its base."""
+    if metadata.get("framework") == "nequip":
+        return [
+            "```yaml",
+            "model:                                   # in the config of nequip-train, or nequip-package",
+            "  _target_: nequip_ext.LoRA",
+            "  model: {_target_: nequip.model.ModelFromCheckpoint, checkpoint_path: base.ckpt}",
+            "  adapter: path/to/this/folder",
+            "```",
+            "",
+            "Or `equitune merge base.ckpt path/to/this/folder merged.nequip.zip`.",
+        ]
+    return [
         "```python",
         "from mace_lora import load_adapter, merge_lora",
         "model = load_adapter(base_model, 'path/to/this/folder')   # base_model: see the fingerprint above",
         "model = merge_lora(model)                                 # optional: stock MACE modules again",
         "```",
-        "",
     ]
-    return "\n".join(lines)

@@ -16,10 +16,10 @@ from mace_lora.lora.adapter import load_tensors, read_adapter
 from mace_lora.lora.config import LoraConfig
 from mace_lora.lora.coverage import coverage
 from mace_lora.lora.fingerprint import fingerprint
-from mace_lora.lora.inject import ModulePlan, adapter_layers, adapter_names, apply_plan, plan_lora
+from mace_lora.lora.inject import ModulePlan, adapter_layers, apply_plan, plan_lora
 from nequip_ext.upstream.build import is_loading, is_packaging
 
-from .metadata import base_metadata, check_adapter, restore_energies
+from .metadata import base_metadata, check_adapter, holds_adapter, restore_energies
 
 __all__ = ["ADAPTER", "LoRA", "build_model", "with_keys"]
 
@@ -75,8 +75,11 @@ def LoRA(
         if len(built) != 1:
             raise ValueError(f"model: nequip_ext.LoRA adapts one model, got {list(built)}; wrap each of them")
         inner = next(iter(built.values()))
-    if adapter_names(inner):
-        raise ValueError("model: it has LoRA adapters already; wrap the base, or give 'adapter' to continue from one")
+    if holds_adapter(inner):
+        raise ValueError(
+            "model: it has LoRA adapters already (a package made with EQUITUNE_PACKAGE=unmerged has them too); wrap "
+            "the base, or give 'adapter' to continue from one"
+        )
     patterns: dict[str, Any] = {  # a string stays one, and is refused
         k: v if v is None or isinstance(v, str) else tuple(v)
         for k, v in (("targets", targets), ("exclude", exclude), ("dense", dense))

@@ -29,12 +29,13 @@ _TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 class SaveAdapter(lightning.Callback):
     """Write the adapter at every best epoch, with EMA weights where the run has them.
 
-    "Best" is what the run's ``ModelCheckpoint`` monitors. Before training it checks that the adapted
-    model equals its base and prints how far the energies are off; when saving, the shifts of the
-    types are refitted to the training frames by least squares (the adapter keeps the change).
+    "Best" is what the run's first ``ModelCheckpoint`` with a ``monitor`` watches, in every validated epoch
+    (also where that checkpoint is written more rarely), as measured before the refit. Before training it
+    checks that the adapted model equals its base and prints how far the energies are off; when saving, the
+    shifts of the types are refitted to the training frames by least squares (the adapter keeps the change).
 
     Args:
-        path: folder of the adapter.
+        path: folder of the adapter; one of another run is not overwritten.
         refit_shifts: refit the energy shifts of the types.
         max_frames: training frames used for checks and refit.
     """
@@ -58,11 +59,16 @@ class SaveAdapter(lightning.Callback):
         """Checks; a fresh adapter gets its first shift of the energies.
 
         Raises:
-            ValueError: no adapter in the model, no ModelCheckpoint, the optimiser would change the base, or
-                the adapted model is not its base.
+            ValueError: no adapter in the model, no ModelCheckpoint, the optimiser would change the base,
+                the adapted model is not its base, or ``path`` holds the adapter of another run.
         """
         model = adapted_model(pl_module)
         _checkpoint(trainer)
+        if trainer.ckpt_path is None and (self.path / "adapter_config.json").exists():
+            raise ValueError(
+                f"SaveAdapter: path: {self.path} holds the adapter of another run; choose another folder, remove "
+                "it, or continue that run with 'ckpt_path'"
+            )
         _check_optimizers(trainer)
         check_data(trainer, model)
         _check_base(model)

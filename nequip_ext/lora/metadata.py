@@ -12,7 +12,7 @@ from torch import nn
 
 from mace_lora.lora.adapter import AdapterFile
 
-__all__ = ["base_metadata", "check_adapter", "restore_energies"]
+__all__ = ["base_metadata", "check_adapter", "holds_adapter", "restore_energies"]
 
 _LOG = logging.getLogger("equitune")
 
@@ -34,6 +34,11 @@ def base_metadata(model: nn.Module) -> dict[str, Any]:
         "units": "those of the training data (eV and Å in our recipes)",
         "versions": {p: _version(p) for p in ("nequip", "nequip-allegro", "e3nn", "torch", "equitune")},
     }
+
+
+def holds_adapter(model: nn.Module) -> bool:
+    """By name, because a package holds renamed copies of our classes."""
+    return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
 def _energies(model: nn.Module) -> dict[str, list[float] | None]:
@@ -77,6 +82,10 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _kind(metadata: Mapping[str, Any]) -> str:
+    return "a MACE model" if "atomic_numbers" in metadata or "elements" in metadata else "another kind of model"
+
+
 def check_adapter(saved: AdapterFile, base: dict[str, Any], path: Path) -> None:
     """Refuse an adapter of another base.
 
@@ -91,8 +100,8 @@ def check_adapter(saved: AdapterFile, base: dict[str, Any], path: Path) -> None:
     theirs = saved.metadata
     if theirs.get("framework") != "nequip":
         raise ValueError(
-            f"adapter {path}: it was made for a MACE model ({theirs.get('base_model')}), the model here is NequIP's; "
-            "adapters do not cross frameworks"
+            f"adapter {path}: expected one of a NequIP-framework model, got one of {_kind(theirs)} "
+            f"({theirs.get('base_model')}); adapters do not cross frameworks"
         )
     for key, what in (("type_names", "the same types in the same order"), ("r_max", "the same cutoff (Å)")):
         if theirs.get(key) != base[key]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from nequip_ext.upstream.package import (
     package_metadata,
 )
 
-from .metadata import base_metadata
+from .metadata import base_metadata, holds_adapter
 
 __all__ = ["calculator", "describe_nequip", "load_nequip", "merge_package"]
 
@@ -50,7 +52,7 @@ def load_nequip(path: Path) -> nn.Module:
     set_global_state()
     try:
         model: nn.Module = load_saved_model(str(path))
-    except (RuntimeError, KeyError, EOFError, AttributeError) as err:
+    except (RuntimeError, KeyError, EOFError, AttributeError, pickle.UnpicklingError, zipfile.BadZipFile) as err:
         raise ValueError(f"{path}: cannot be read as a NequIP package or checkpoint ({err})") from err
     return model.eval()
 
@@ -70,15 +72,10 @@ def describe_nequip(model: nn.Module) -> dict[str, Any]:
         "kind": "NequIP-framework model",
         "fingerprint": fingerprint(model),
         "parameters": sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n),
-        "adapter": "unmerged" if _holds_adapter(model) else "none",
+        "adapter": "unmerged" if holds_adapter(model) else "none",
         "adaptable weights": dict(sorted(weights.items())),
         **base_metadata(model),
     }
-
-
-def _holds_adapter(model: nn.Module) -> bool:
-    """By name, because a package holds renamed copies of our classes."""
-    return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
 def merge_package(base: Path, adapter: Path, output: Path) -> None:
@@ -134,7 +131,7 @@ def _rewrite(source: Path, adapter: Path, target: Path) -> None:
             with cpu_deserialize_always():
                 models = importer.load_pickle("model", f"{mode}_model.pkl", map_location="cpu")
             for model in models.values():
-                if _holds_adapter(model):
+                if holds_adapter(model):
                     raise ValueError(f"{source}: it holds an unmerged adapter already; give the base of the adapter")
                 merge_lora(load_adapter(model, adapter))
             exporter.save_pickle("model", f"{mode}_model.pkl", models, dependencies=True)

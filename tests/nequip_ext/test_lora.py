@@ -92,7 +92,10 @@ def test_adapter_file_on_the_same_base_and_on_another(name, tmp_path):
 def test_adapter_of_a_mace_base_is_refused(tmp_path):
     model = apply_lora(build("painn"), LoraConfig(rank=2))
     save_adapter(model, tmp_path, metadata={"base_model": "MACE-OFF23_small.model"})
-    with pytest.raises(ValueError, match=r"made for a MACE model \(MACE-OFF23_small.model\), the model"):
+    with pytest.raises(ValueError, match=r"one of another kind of model \(MACE-OFF23_small.model\); adapters do not"):
+        lora("painn", adapter=str(tmp_path))
+    save_adapter(model, tmp_path, metadata={"base_model": "MACE-OFF23_small.model", "elements": [1, 6]})
+    with pytest.raises(ValueError, match=r"NequIP-framework model, got one of a MACE model"):
         lora("painn", adapter=str(tmp_path))
 
 
