@@ -56,7 +56,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """SHA-256 of a file, or of the files of a folder and their names, hexadecimal."""
+    if Path(path).is_dir():
+        parts = [f"{p.relative_to(path)} {content_digest(p)}" for p in sorted(Path(path).rglob("*")) if p.is_file()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

@@ -19,6 +19,7 @@ from nequip_ext.autotune.driver import normalisation
 __all__ = ["NequipStudent", "check_config", "compose"]
 
 _NAME = "equitune_student"
+_GAMMA = "training_module.lr_scheduler.scheduler.gamma"
 _ENERGY, _FORCES = "val0_epoch/per_atom_energy_mae", "val0_epoch/forces_mae"
 
 
@@ -47,7 +48,7 @@ def check_config(path: Path, overrides: Mapping[str, Any]) -> None:
     """
     content: Any = OmegaConf.to_container(compose(path), resolve=False)
     found = {*content, *(f"autotune.{key}" for key in content.get("autotune") or {})}
-    for key in ("folder", "lr", "epochs", "data", "autotune.checkpoint"):
+    for key in ("folder", "lr", "epochs", "batch_size", "data", "autotune.checkpoint"):
         if key not in found:
             raise ValueError(f"{path}: expected the key {key}, as in recipes/configs/nequip_autotune.yaml")
     for key in overrides:
@@ -90,6 +91,8 @@ class NequipStudent:
             **training.flags,
         }
         out |= {"epochs": training.epochs, "lr": lr}
+        if OmegaConf.select(compose(self.config), _GAMMA) is not None and _GAMMA not in out:
+            out[_GAMMA] = round(0.05 ** (1 / training.epochs), 6)  # of an epoch: as for MACE students
         if start is not None:
             out["start"] = str(start)
         return out
@@ -108,6 +111,8 @@ class NequipStudent:
         if "start" in settings:
             keys["autotune.checkpoint"] = settings["start"]
             keys |= normalisation(Path(settings["start"]))
+            # the labels are of about one level: scales of the fewer, calmer quantum frames would damp what was learnt
+            keys["training_module.model.keep"] = ["shifts"]
         command = [str(Path(sys.executable).parent / "nequip-train"), "-cd", str(place), "-cn", _NAME]
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with only_writer(place) as lock, (place / "output.log").open("a") as log:
@@ -136,5 +141,5 @@ class NequipStudent:
         return [(epoch, e, f) for epoch, (e, f) in sorted(points.items())]
 
     def steps_per_epoch(self, settings: Mapping[str, Any], frames: int) -> int:
-        size = settings["batch_size"] if "batch_size" in settings else compose(self.config).get("batch_size", 1)
+        size = settings["batch_size"] if "batch_size" in settings else compose(self.config)["batch_size"]
         return -(-frames // int(size))

@@ -6,8 +6,9 @@ Purpose:  the 27-set table of the two-stage framework (Hu et al., JCST 2026, doi
           validation frames of the first seed.
 Command:  python recipes/lora_27.py run --data DIR --base MACE.model        # again with another base for other elements
           python recipes/lora_27.py table
-Data:     a folder with one file per set: extxyz or any format of ASE with energy and forces (eV, eV/Å; REF_energy and
-          REF_forces count first), or rMD17's npz (kcal/mol).
+Data:     a folder of extxyz or any format of ASE with energy and forces (eV, eV/Å; REF_energy and REF_forces count
+          first), or rMD17's npz (kcal/mol). Files of a folder whose names differ by train, valid, val and test alone
+          are one set: it learns from the first and is tested on the last of these; any other file is split.
 Cost:     one CPU thread, laptop: 3 to 20 minutes a run of a molecule, 8 runs a set at one seed; smoke: 2 minutes a set.
 Writes:   lora-27/: one JSON per run, report.md, improvement.png. Stopped, the same command goes on.
 """
@@ -15,9 +16,12 @@ Writes:   lora-27/: one JSON per run, report.md, improvement.png. Stopped, the s
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -28,7 +32,7 @@ import numpy as np
 import typer
 from ase import units
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, content_digest, write_text
 from mace_lora.data import require_sound
 from mace_lora.distill.evaluation import evaluate_model
 from mace_lora.mace_plugin.base_model import load_model
@@ -45,6 +49,42 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 Folder = Annotated[Path, typer.Option(help="results")]
 
 
+@dataclass(frozen=True)
+class Source:
+    """One data set: files to learn from and files to test on (none: the former are split)."""
+
+    name: str
+    learn: tuple[Path, ...]
+    test: tuple[Path, ...]
+
+    @property
+    def digest(self) -> str:
+        """Content of its files, so that results of other data of the same name are not taken for its own."""
+        text = "".join(content_digest(p) for p in (*self.learn, *self.test))
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def sources(data: Path) -> list[Source]:
+    """The sets of a folder."""
+    groups: dict[str, dict[str, list[Path]]] = {}
+    for path in sorted(data.rglob("*")):
+        if not path.is_file() or path.suffix not in {".xyz", ".extxyz", ".npz", ".gz", ".traj", ".db"}:
+            continue
+        stem = re.sub(r"\.(gz|xyz|extxyz|npz|traj|db)$", "", re.sub(r"\.gz$", "", path.name))
+        part = re.search(r"(?i)(train|valid|val|test)", stem)
+        kind = part.group(1).lower() if part else ""
+        common = re.sub(r"(?i)[_.-]*(train|valid|val|test)[0-9]*(?=[_.-]|$)", "", stem).strip("_.-")
+        folder = "_".join(path.parent.relative_to(data).parts)
+        name = "_".join(p for p in (folder, common) if p) or data.name
+        groups.setdefault(name, {}).setdefault("valid" if kind == "val" else kind, []).append(path)
+    out = []
+    for name, parts in groups.items():
+        learn = parts.get("train") or parts.get("") or parts.get("valid") or parts["test"]
+        others = parts.get("test") or parts.get("valid") or []
+        out.append(Source(name, tuple(learn), tuple(others) if others is not learn else ()))
+    return out
+
+
 def read(path: Path) -> list[ase.Atoms]:
     """Labelled frames of a file; eV, eV/Å."""
     if path.suffix == ".npz":
@@ -59,11 +99,8 @@ def read(path: Path) -> list[ase.Atoms]:
         forces = atoms.arrays.get("REF_forces", results.get("forces"))
         if energy is None or forces is None:
             raise ValueError(f"{path}: expected frames with energy and forces")
-        out.append(
-            labelled(
-                ase.Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc), energy, forces
-            )
-        )
+        frame = ase.Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+        out.append(labelled(frame, energy, forces))
     return out
 
 
@@ -72,32 +109,38 @@ def labelled(atoms: ase.Atoms, energy: float, forces: np.ndarray) -> ase.Atoms:
     return atoms
 
 
-def parts(path: Path, seed: int, place: Path) -> dict[str, Path]:
+def parts(source: Source, seed: int, place: Path) -> dict[str, Path]:
     """Files of one split; the test frames are the same for every seed."""
     files = {name: place / f"{name}.xyz" for name in ("train", "valid", "test")}
     if files["test"].exists():
         return files
-    frames = read(path)
-    if len(frames) < TRAIN + VALID + 20:
-        raise ValueError(f"{path}: expected at least {TRAIN + VALID + 20} frames, got {len(frames)}")
-    fixed = np.random.default_rng(0).permutation(len(frames))
-    count = min(TEST, len(frames) - TRAIN - VALID)
-    rest = np.random.default_rng(seed + 1).permutation(fixed[count:])
-    require_sound([frames[i] for i in [*fixed[:count], *rest[: TRAIN + VALID]]])
-    for name, which in (("train", rest[:TRAIN]), ("valid", rest[TRAIN : TRAIN + VALID]), ("test", fixed[:count])):
+    pool, test = ([a for path in paths for a in read(path)] for paths in (source.learn, source.test))
+    needed = TRAIN + VALID + (0 if test else 20)
+    if len(pool) < needed:
+        raise ValueError(f"expected at least {needed} frames, got {len(pool)}")
+    if not test:
+        fixed = np.random.default_rng(0).permutation(len(pool))
+        count = min(TEST, len(pool) - TRAIN - VALID)
+        test, pool = [pool[i] for i in fixed[:count]], [pool[i] for i in fixed[count:]]
+    tested = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:TEST]]
+    order = np.random.default_rng(seed + 1).permutation(len(pool))
+    chosen = {"train": [pool[i] for i in order[:TRAIN]], "valid": [pool[i] for i in order[TRAIN : TRAIN + VALID]]}
+    chosen["test"] = tested
+    require_sound([a for frames in chosen.values() for a in frames])
+    for name, frames in chosen.items():  # the test frames last: they say that all are there
         with atomic_path(files[name]) as temporary:
-            ase.io.write(temporary, [frames[i] for i in which], format="extxyz", write_results=False)
+            ase.io.write(temporary, frames, format="extxyz", write_results=False)
     return files
 
 
-def one(path: Path, base: Path, method: str, lr: float, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
+def one(source: Source, base: Path, method: str, lr: float, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
     """Train and evaluate one run; a stored one is read."""
-    name = f"{path.name.partition('.')[0]}__{base.stem}__{method}__lr{lr:g}__s{seed}__e{epochs}"
+    name = f"{source.name}-{source.digest}__{base.stem}__{method}__lr{lr:g}__s{seed}__e{epochs}"
     result, work = folder / f"{name}.json", folder / "work" / name
     if result.is_file():
         return json.loads(result.read_text())
     print(name, flush=True)
-    files = parts(path, seed, folder / "work" / f"{path.name}-s{seed}")
+    files = parts(source, seed, split_folder(folder, source, seed))
     flags = METHODS[method][0] | {
         "foundation_model": base, "E0s": "estimated", "multiheads_finetuning": False, "train_file": files["train"],
         "valid_file": files["valid"], "lr": lr, "seed": seed, "max_num_epochs": epochs, "batch_size": 5,
@@ -108,18 +151,19 @@ def one(path: Path, base: Path, method: str, lr: float, seed: int, epochs: int, 
     }  # fmt: skip
     model = train(flags, work)
     row: dict[str, Any] = {
-        "set": path.name.partition(".")[0],
-        "base": base.stem,
-        "method": method,
-        "lr": lr,
-        "seed": seed,
-    }
+        "set": source.name, "base": base.stem, "method": method, "lr": lr, "seed": seed, "epochs": epochs,
+        "digest": source.digest,
+    }  # fmt: skip
     for part in ("valid", "test"):
         evaluate_model(f"mace:{model}", files[part], files["train"], work / part)
         row[part] = json.loads((work / part / "errors.json").read_text())
     write_text(result, json.dumps(row) + "\n")
     shutil.rmtree(work)
     return row
+
+
+def split_folder(folder: Path, source: Source, seed: int) -> Path:
+    return folder / "work" / f"{source.name}-{source.digest}-s{seed}"
 
 
 def score(row: dict[str, Any]) -> float:
@@ -129,86 +173,94 @@ def score(row: dict[str, Any]) -> float:
 
 @app.command()
 def run(
-    data: Annotated[Path, typer.Option(help="folder with one file per set")],
+    data: Annotated[Path, typer.Option(help="folder of data sets")],
     base: Annotated[Path, typer.Option(help="MACE foundation model (a pickle: only from sources you trust)")],
-    only: Annotated[str, typer.Option(help="part of the file name, to choose sets")] = "",
+    only: Annotated[str, typer.Option(help="part of the sets' names, to choose some")] = "",
     seeds: Annotated[str, typer.Option(help="comma-separated; the first is used for the sweep")] = "0",
     scale: Annotated[str, typer.Option(help=f"one of {', '.join(EPOCHS)}")] = "laptop",
     folder: Folder = Path("lora-27"),
 ) -> None:
-    """Run what is missing; sets with elements that the base lacks are left out and named."""
+    """Run what is missing; sets with elements that the base lacks, or that fail, are left out and named."""
+    if scale not in EPOCHS:
+        raise typer.BadParameter(f"expected one of {', '.join(EPOCHS)}, got {scale!r}", param_hint="--scale")
     known = {int(z) for z in load_model(base).atomic_numbers}
-    suffixes = {".xyz", ".extxyz", ".npz", ".gz", ".traj", ".db"}
-    paths = [p for p in sorted(data.rglob("*")) if p.is_file() and p.suffix in suffixes and only in p.name]
-    if not paths:
-        raise typer.BadParameter(f"no data files in {data} with {only!r} in their names", param_hint="--data")
+    chosen = [s for s in sources(data) if only in s.name]
+    if not chosen:
+        raise typer.BadParameter(f"no data files in {data} with {only!r} in their sets' names", param_hint="--data")
+    command = f"python recipes/lora_27.py run --data DIR --base {base.name} --seeds {seeds} --scale {scale}"
     first, *rest = (int(s) for s in seeds.split(","))
-    for path in paths:
+    left: dict[str, str] = {}
+    for source in chosen:
         try:
-            split = parts(path, first, folder / "work" / f"{path.name}-s{first}")
-        except (ValueError, KeyError) as err:
-            print(f"left out: {path}: {err}")
-            continue
-        missing = sorted(
-            {
-                s
-                for a in ase.io.read(split["train"], ":")
-                for s in a.get_chemical_symbols()
-                if ase.Atom(s).number not in known
-            }
-        )
-        if missing:
-            print(f"left out: {path}: {base.name} does not know {', '.join(missing)}")
-            continue
-        for method, (_, lrs) in METHODS.items():
-            rows = [one(path, base, method, lr, first, EPOCHS[scale], folder) for lr in lrs]
-            best = min(rows, key=score)["lr"]
-            for seed in rest:
-                one(path, base, method, best, seed, EPOCHS[scale], folder)
+            split = parts(source, first, split_folder(folder, source, first))
+            elements = {(s, ase.Atom(s).number) for a in ase.io.read(split["train"], ":") for s in a.symbols}
+            missing = sorted(s for s, z in elements if z not in known)
+            if missing:
+                raise ValueError(f"{base.name} does not know {', '.join(missing)}")
+            for method, (_, lrs) in METHODS.items():
+                rows = [one(source, base, method, lr, first, EPOCHS[scale], folder) for lr in lrs]
+                best = min(rows, key=score)["lr"]
+                for seed in rest:
+                    one(source, base, method, best, seed, EPOCHS[scale], folder)
+        except Exception as err:  # readers raise what they run into; one bad set must not end the others
+            left[source.name] = f"{type(err).__name__}: {err}" if not isinstance(err, ValueError) else str(err)
+            print(f"left out: {source.name}: {left[source.name]}", flush=True)
+        write_text(folder / "settings" / f"{base.stem}.json", json.dumps({"command": command, "left": left}) + "\n")
         table(folder)
 
 
 @app.command()
 def table(folder: Folder = Path("lora-27")) -> None:
-    """Write report.md and improvement.png from the finished runs."""
-    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        row = json.loads(path.read_text())
-        groups.setdefault((row["set"], row["base"]), {}).setdefault(row["method"], []).append(row)
+    """Write report.md and improvement.png from the finished runs, at the largest number of epochs that there is."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted((folder / "settings").glob("*.json"))]
+    epochs = max((r["epochs"] for r in rows), default=0)
+    groups: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    for row in (r for r in rows if r["epochs"] == epochs):
+        groups.setdefault(row["set"], {}).setdefault(row["base"], {}).setdefault(row["method"], []).append(row)
     lines = [
         "# LoRA against full fine-tuning", "",
-        f"{TRAIN} + {VALID} frames, best of three learning rates by validation, median over seeds; E in meV/atom with "
-        f"constant offsets removed for both, F in meV/Å. {datetime.date.today()}, "
-        f"{len(os.sched_getaffinity(0))} cores, CPU. Command: `python recipes/lora_27.py run --data DIR --base FILE`.",
-        "",
+        f"{TRAIN} + {VALID} frames, {epochs} epochs, best of three learning rates by validation, median over seeds; E "
+        f"in meV/atom with constant offsets removed for both, F in meV/Å; a set that several bases know counts once, "
+        "with the one that is better on its validation frames.", "",
+        f"{datetime.date.today()}, {os.cpu_count()} cores, CPU.", "",
+        "Commands: " + "; ".join(f"`{r['command']}`" for r in runs) + ".", "",
         "| set | base | seeds | full: lr, E, F | LoRA: lr, E, F | change E | change F |", "|" + "---|" * 7,
     ]  # fmt: skip
     changes: list[tuple[str, float, float]] = []
-    for (name, base), methods in groups.items():
-        if set(methods) != set(METHODS):
+    for name, bases in groups.items():
+        complete = {b: methods for b, methods in bases.items() if set(methods) == set(METHODS)}
+        if not complete:
             continue
-        cells, errors, seeds = [], [], 0
-        for rows in (methods[m] for m in METHODS):
-            sweep = min(r["seed"] for r in rows)
-            lr = min((r for r in rows if r["seed"] == sweep), key=score)["lr"]
-            chosen = [r for r in rows if r["lr"] == lr]
-            seeds = len(chosen)
-            e, f = (
-                median(r["test"]["mae_e_refit"] for r in chosen),
-                median(r["test"]["errors"]["mae_f"] for r in chosen),
-            )
-            errors.append((e, f))
-            cells.append(f"{lr:g}, {e:.2f}, {f:.1f}")
+        base = min(complete, key=lambda b: min(score(r) for rows in complete[b].values() for r in rows))
+        chosen = [best_rows(complete[base][m]) for m in METHODS]
+        errors = [[median(test_mae(r)[k] for r in rows) for k in (0, 1)] for rows in chosen]
         e, f = (errors[1][k] / errors[0][k] - 1 for k in (0, 1))
+        cells = [f"{rows[0]['lr']:g}, {x:.2f}, {y:.1f}" for rows, (x, y) in zip(chosen, errors, strict=True)]
+        seeds = ", ".join(str(r["seed"]) for r in chosen[1])
         changes.append((name, e, f))
         lines.append(f"| {name} | {base} | {seeds} | {cells[0]} | {cells[1]} | {100 * e:+.1f} % | {100 * f:+.1f} % |")
     if changes:
         lines += ["", *(summary(what, [c[k] for c in changes]) for k, what in ((1, "Energy"), (2, "Forces")))]
         lines.append("The paper: 26 of 27 sets better, 22 % on average.")
         plot(changes, folder / "improvement.png")
+    left = {k: v for r in runs for k, v in r["left"].items() if k not in groups}
+    lines += ["", "Left out: " + ("; ".join(f"{k} ({v})" for k, v in left.items()) or "none") + "."]
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"written: {folder / 'report.md'}")
+
+
+def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of all seeds at the learning rate that is best on the validation frames of the first."""
+    sweep = min(r["seed"] for r in rows)
+    lr = min((r for r in rows if r["seed"] == sweep), key=score)["lr"]
+    return [r for r in rows if r["lr"] == lr]
+
+
+def test_mae(row: dict[str, Any]) -> tuple[float, float]:
+    """Energy (meV/atom, offsets removed) and force (meV/Å) MAE."""
+    return row["test"]["mae_e_refit"], row["test"]["errors"]["mae_f"]
 
 
 def summary(what: str, values: list[float]) -> str:

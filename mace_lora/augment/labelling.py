@@ -84,34 +84,33 @@ def label(
         if retry_failed:
             failed.clear()
         run = LabelRun(with_, labeler.identity, prefix, timeout, provenance, threads, done, failed, report, progress)
-        stream = iter_frames(frames)
         try:
-            tasks = run.tasks(stream, retry_failed)
-            first = next(tasks, None)
-            while first is not None:
+            tasks = run.tasks(iter_frames(frames), retry_failed)
+            while (first := next(tasks, None)) is not None:  # the pool starts when there is something to do
                 with open_executor(executor, workers, threads, tasks_per_worker) as (pool, count):
                     run.drain(itertools.chain([first], tasks), pool, count)
-                first = next(tasks, None)
         except OSError as err:
             if err.errno not in DISK_FULL:
                 raise
-            raise OSError(
-                err.errno,
-                f"{err.strerror}; {len(done.keys)} labelled frames are safe in {partial}: make room and run again",
-            ) from err
+            safe = f"{len(done.keys)} labelled frames are safe in {partial}: make room and run again"
+            raise OSError(err.errno, f"{err.strerror}; {safe}") from err
         finally:
             if not failed.size:
                 failed_file.unlink()
         if not done.keys:
             partial.unlink()
-            why = report.reasons[0] if report.reasons else "in an earlier run; --retry-failed tries them again"
-            raise ValueError(
-                f"{with_}: all {report.failed} frames failed, see {failed_file}; {why}" if report.failed
-                else f"frames: expected at least one in {source_file or 'the list'}, got none"
-            )  # fmt: skip
+            raise ValueError(_nothing(with_, report, source_file))
         partial.replace(output)
     report.wall = time.perf_counter() - start
     return report
+
+
+def _nothing(name: str, report: LabelReport, source: Path | None) -> str:
+    """Why there is no label."""
+    if not report.failed:
+        return f"frames: expected at least one in {source or 'the list'}, got none"
+    why = report.reasons[0] if report.reasons else "in an earlier run; --retry-failed tries them again"
+    return f"{name}: all {report.failed} frames failed, see {report.failed_file}; {why}"
 
 
 def _unfinished(output: Path, partial: Path) -> Journal:

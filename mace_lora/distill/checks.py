@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import ase
 import ase.io
 import numpy as np
+from e3nn import o3
 
 from mace_lora.augment import open_labeler
 from mace_lora.mace_plugin.launch import check_flags
 
 from .config import Distillation
 
-__all__ = ["check_flags_of", "check_frames", "geometry_key"]
+__all__ = ["Places", "check_flags_of", "check_frames", "is_atom"]
+
+_PLACES = {"model_dir", "results_dir", "checkpoints_dir", "log_dir", "downloads_dir", "config", "num_workers_test"}
+_ARCHITECTURE = {
+    "model", "hidden_irreps", "num_channels", "max_L", "max_ell", "correlation", "r_max", "num_interactions",
+    "num_radial_basis", "num_cutoff_basis", "radial_type", "radial_MLP", "MLP_irreps", "interaction",
+    "interaction_first", "gate", "foundation_model", "r_short", "multiscale_coupling",
+}  # fmt: skip
+_SAME = 1e-4  # Å, largest difference of the distances in equal frames
+_SHOWN = 256  # distances that a frame is compared by
 
 
 def check_flags_of(config: Distillation, path: Path) -> None:
@@ -35,15 +47,51 @@ def check_flags_of(config: Distillation, path: Path) -> None:
         model = str(config.teacher.flags["foundation_model"])
         if ("/" in model or "." in model) and not Path(model).is_file():
             raise FileNotFoundError(f"{path}: teacher.flags.foundation_model: no file {model}")
-        check_flags(config.teacher.flags, f"{path}: teacher.flags")
+        files = {"train_file": config.train, "valid_file": config.valid}
+        _check(config.teacher.flags | files, config.teacher.flags, f"{path}: teacher.flags", ("lora", "multiscale"))
     if config.student.nequip is not None:
         _check_nequip(config, path)
         return
-    check_flags(config.student.flags, f"{path}: student.flags")
+    new = config.student.flags
+    _check(new, new, f"{path}: student.flags", ("lora", "multiscale"))
+    if "E0s" not in new:
+        raise ValueError(f"{path}: student.flags: expected E0s, e.g. average, or isolated-atom energies")
     for name in ("pretrain", "finetune", "direct"):
         training = getattr(config.student, name)
-        if training is not None:
-            check_flags(config.student.flags | training.flags, f"{path}: student.{name}.flags")
+        if training is None:
+            continue
+        where, mine = f"{path}: student.{name}.flags", training.flags
+        for key in _ARCHITECTURE & mine.keys():
+            raise ValueError(f"{where}: {key} belongs to student.flags: all trainings are of one architecture")
+        if name == "finetune":
+            _check({"foundation_model": "pretrained.model"} | mine, mine, where, ("lora",))
+        else:
+            _check(new | mine, new | mine, where, ("lora", "multiscale"))
+
+
+def _check(flags: dict[str, Any], given: dict[str, Any], where: str, plugins: tuple[str, ...]) -> None:
+    """Flags that upstream takes, and refuses or misunderstands after an hour."""
+    for key in given:
+        if key in _PLACES or key.startswith("autotune_"):
+            raise ValueError(f"{where}: {key} is not possible here; leave it out")
+    args = check_flags(flags, where, plugins)
+    if args.swa:
+        raise ValueError(f"{where}: swa: the model of the second stage would not be used; leave it out")
+    for key in ("hidden_irreps", "MLP_irreps"):
+        if key in given:
+            try:
+                o3.Irreps(given[key])
+            except (ValueError, AttributeError) as err:
+                raise ValueError(f"{where}: {key}: expected irreps such as 32x0e+32x1o, got {given[key]!r}") from err
+    e0s = str(given.get("E0s", "average"))
+    if e0s.lower() not in ("average", "estimated", "foundation") and not e0s.endswith(".json"):
+        try:
+            good = isinstance(ast.literal_eval(e0s), dict)
+        except (ValueError, SyntaxError):
+            good = False
+        if not good:
+            raise ValueError(f"{where}: E0s: expected average, estimated, foundation, a .json file or energies by "
+                             f"atomic number, got {e0s!r}")  # fmt: skip
 
 
 def _check_nequip(config: Distillation, path: Path) -> None:
@@ -61,35 +109,69 @@ def _check_nequip(config: Distillation, path: Path) -> None:
 
 
 def check_frames(config: Distillation, path: Path) -> None:
-    """Quantum frames must be sound, and no test frame may be among those that are learnt from."""
+    """Quantum frames must be sound and enough, and no test frame may be among those that are learnt from."""
     from mace_lora.data.check import require_sound
 
-    seen: dict[bytes, str] = {}
-    for name in ("train", "valid", "test"):
-        frames = ase.io.read(getattr(config, name), ":")
+    frames = {name: ase.io.read(getattr(config, name), ":") for name in ("train", "valid", "test")}
+    for name in frames:
         require_sound(getattr(config, name), say=lambda text: print(text))
-        for index, atoms in enumerate(frames):
-            if len(atoms) == 1 and not atoms.pbc.any():
-                continue  # isolated atoms may be everywhere
-            place, where = geometry_key(atoms), f"frame {index} of {name}"
-            if place in seen and not seen[place].endswith(f"of {name}"):
-                raise ValueError(
-                    f"{path}: {where} is also {seen[place]}: labels leak between them; make the parts disjoint"
-                )
-            seen[place] = where
+    _check_sizes(config, path, [a for a in frames["train"] if not is_atom(a)])
+    known = {s for a in frames["train"] for s in a.get_chemical_symbols()}
+    for name in ("valid", "test"):
+        missing = sorted({s for a in frames[name] for s in a.get_chemical_symbols()} - known)
+        if missing:
+            raise ValueError(f"{path}: {name}: {', '.join(missing)} is in none of the training frames")
+    earlier = ""
+    seen = Places()
+    for name, part in frames.items():
+        for index, atoms in enumerate(part):
+            where = f"frame {index} of {name}"
+            same = None if is_atom(atoms) or not earlier else seen.find(atoms)
+            if same is not None:
+                raise ValueError(f"{path}: {where} is also {same}: labels leak between them; make the parts disjoint")
+        for index, atoms in enumerate(part):
+            seen.add(atoms, f"frame {index} of {name}")
+        earlier = name
     if config.teacher.labelled is not None:
         # hot synthetic frames may fail the statistical tests of quantum data, so only what must be there is asked for
-        bad = [i for i, a in enumerate(ase.io.iread(config.teacher.labelled, ":")) if not _has_labels(a)]
-        if bad:
-            raise ValueError(
-                f"{path}: teacher.labelled: frame {bad[0]}: expected finite labels REF_energy and REF_forces in all"
-            )
+        for i, atoms in enumerate(ase.io.iread(config.teacher.labelled, ":")):
+            if not _has_labels(atoms):
+                raise ValueError(
+                    f"{path}: teacher.labelled: frame {i}: expected finite labels REF_energy and REF_forces in all"
+                )
+            missing = sorted(set(atoms.get_chemical_symbols()) - known)
+            if missing:
+                raise ValueError(f"{path}: teacher.labelled: frame {i}: {', '.join(missing)} is in no training frame")
     if config.filter.duplicates is not None and not (
         config.teacher.flags or (config.teacher.potential or "").startswith("mace:")
     ):
         raise ValueError(f"{path}: filter.duplicates: needs the features of a MACE teacher; leave it out")
-    if config.synthetic.strain and not all(a.pbc.all() for a in ase.io.read(config.train, ":")):
+    if config.synthetic.strain and not all(a.pbc.all() for a in frames["train"] if not is_atom(a)):
         raise ValueError(f"{path}: synthetic.strain: expected periodic training frames")
+
+
+def _check_sizes(config: Distillation, path: Path, train: list[ase.Atoms]) -> None:
+    """``mace_run_train`` leaves an incomplete batch out, so that fewer frames than a batch are none."""
+    from .students import default_flags
+
+    usual = default_flags(config, 1)["batch_size"]
+    sizes = {"teacher.flags": config.teacher.flags.get("batch_size", usual)} if config.teacher.flags else {}
+    if config.student.nequip is None:
+        for name in ("finetune", "direct"):
+            training = getattr(config.student, name)
+            if training is not None:
+                flags = config.student.flags | training.flags
+                sizes[f"student.{name}.flags"] = flags.get("batch_size", usual)
+    for where, size in sizes.items():
+        if len(train) < int(size):
+            raise ValueError(
+                f"{path}: {where}: batch_size: expected at most the {len(train)} training frames, got {size}"
+            )
+
+
+def is_atom(atoms: ase.Atoms) -> bool:
+    """Whether a frame is an isolated atom, which may be in every file."""
+    return atoms.info.get("config_type") == "IsolatedAtom" or (len(atoms) == 1 and not atoms.pbc.any())
 
 
 def _has_labels(atoms: ase.Atoms) -> bool:
@@ -97,8 +179,39 @@ def _has_labels(atoms: ase.Atoms) -> bool:
     return all(x is not None and np.isfinite(x).all() for x in labels)
 
 
-def geometry_key(atoms: ase.Atoms, digits: int = 5) -> bytes:
-    """What two frames of equal atoms in equal places have in common; lengths rounded to ``digits`` in Å."""
-    cell = atoms.cell.array if atoms.pbc.any() else np.zeros((3, 3))
-    places = np.concatenate([atoms.positions, cell]).round(digits) + 0.0  # no negative zeros
-    return bytes(atoms.numbers.tobytes() + atoms.pbc.tobytes() + places.tobytes())
+class Places:
+    """Frames by their geometry: finds equal ones, also when moved, turned, wrapped or renumbered."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], list[tuple[np.ndarray, str]]] = {}
+        self.stacked: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def add(self, atoms: ase.Atoms, name: str) -> None:
+        """Remember a frame."""
+        kind, values = _geometry(atoms)
+        self.known.setdefault(kind, []).append((values, name))
+        self.stacked.pop(kind, None)
+
+    def find(self, atoms: ase.Atoms) -> str | None:
+        """Name of an equal frame, or None."""
+        kind, values = _geometry(atoms)
+        if kind not in self.known:
+            return None
+        if kind not in self.stacked:
+            self.stacked[kind] = np.array([v for v, _ in self.known[kind]])
+        far = np.abs(self.stacked[kind] - values).max(axis=1)
+        return self.known[kind][int(far.argmin())][1] if far.min() <= _SAME else None
+
+
+def _geometry(atoms: ase.Atoms) -> tuple[tuple[Any, ...], np.ndarray]:
+    """What equal frames share exactly, and in numbers (Å): sorted distances, at most 256 of them, and the cell's size.
+
+    Up to three atoms have so few distances that others may share them by chance: their positions count.
+    """
+    if len(atoms) <= 3:
+        cell = atoms.cell.array if atoms.pbc.any() else np.zeros((3, 3))
+        return (tuple(atoms.numbers), tuple(atoms.pbc)), np.concatenate([atoms.positions, cell]).ravel()
+    kind = (atoms.get_chemical_formula(), tuple(sorted(atoms.pbc)))
+    distances = np.sort(atoms.get_all_distances(mic=bool(atoms.pbc.any()))[np.triu_indices(len(atoms), 1)])
+    shown = distances[np.linspace(0, len(distances) - 1, min(_SHOWN, len(distances))).astype(int)]
+    return kind, np.append(shown, np.cbrt(abs(atoms.cell.volume)) if atoms.pbc.any() else 0.0)

@@ -132,6 +132,7 @@ class Student(Strict):
     @model_validator(mode="after")
     def _check(self) -> Student:
         if self.nequip is not None:
+            _none_of_ours({k: v for k, v in self.flags.items() if k != "swa"}, (*_OURS, "folder", "epochs", "run"))
             return self
         if not self.flags:
             raise ValueError("expected flags of a MACE model, or nequip with a config")
@@ -166,15 +167,15 @@ class Distillation(Strict):
     synthetic: Synthetic = Field(default_factory=lambda: Synthetic.model_validate({}))
     filter: Filter = Field(default_factory=lambda: Filter.model_validate({}))
     student: Student
-    device: str = "cpu"
+    device: Literal["cpu", "cuda", "mps", "xpu"] = "cpu"
     dtype: Literal["float32", "float64"] = "float32"
     workers: int = Field(1, ge=1)
     seed: int = 0
     report: str = Field("report", pattern=r"^[\w.-]+$")
 
 
-def _none_of_ours(flags: dict[str, Any]) -> None:
-    ours = [k for k in flags if k in _OURS]
+def _none_of_ours(flags: dict[str, Any], names: tuple[str, ...] = _OURS) -> None:
+    ours = [k for k in flags if k in names]
     if ours:
         raise ValueError(f"flags: {ours[0]} is set by the command; leave it out")
     if flags.get("swa"):

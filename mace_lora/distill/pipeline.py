@@ -33,7 +33,7 @@ class Fit:
         lr: learning rate chosen on the validation frames.
         epochs, steps: of this training, steps of the optimiser in all.
         curve: (epoch, energy MAE in meV/atom, force MAE in meV/Å) on its validation frames.
-        sweep: learning rate -> validation score of the saved model, geometric mean of both MAE.
+        sweep: learning rate -> validation score of the saved model, geometric mean of both MAE (offsets removed).
         valid: energy MAE (meV/atom) and force MAE (meV/Å) of the saved model on its validation frames.
     """
 
@@ -138,8 +138,10 @@ def _filtered(config: Distillation, stages: Stages, teachers: list[str], labelle
 
 def _name(teacher: str) -> str:
     """Identity of a potential without the place of its files, so that a moved folder stays valid."""
-    identity = open_labeler(teacher).identity
-    return f"{identity.partition(':')[0]}#{identity.rpartition('#')[2]}" if "#" in identity else identity
+    found = open_labeler(teacher)
+    if not found.has_files:
+        return found.identity
+    return f"{found.identity.partition(':')[0]}#{found.identity.rpartition('#')[2]}"
 
 
 def _fit(
@@ -150,7 +152,7 @@ def _fit(
 
     def make(mine: dict[str, Any], place: Path) -> None:
         how.train(mine, data, place)
-        validate(f"{how.kind}:{how.model(place)}", data[1], place)
+        validate(f"{how.kind}:{how.model(place)}", data, place)
 
     found = {
         lr: stages.run(f"{name}-lr{lr:g}", plain(mine), data, functools.partial(make, mine))
@@ -176,8 +178,8 @@ def _fit(
 
 
 def _score(row: dict[str, float]) -> float:
-    """Geometric mean of the energy and force MAE, or the one that there are labels for; infinite where not finite."""
-    known = [row[k] for k in ("mae_e", "mae_f") if row[k] is not None]
+    """Geometric mean of the energy (offsets removed) and force MAE, or the one with labels; infinite if not finite."""
+    known = [row[k] for k in ("mae_e_refit", "mae_f") if row[k] is not None]
     value = float(np.prod(known)) ** (1 / len(known)) if known else np.inf
     return value if np.isfinite(value) else np.inf
 

@@ -60,8 +60,11 @@ def verdict(outcome: Outcome) -> str:
     if not np.isfinite(e):  # no energy labels
         better = f"force error {abs(f):.0f} % {'lower' if f > 0 else 'higher'}"
         return f"Two stages beat direct training: {better}." if f > 0 else f"WORSE THAN DIRECT TRAINING: {better}."
+    raw = 1 - outcome.evaluations["finetune"]["errors"]["mae_e"] / outcome.evaluations["direct"]["errors"]["mae_e"]
+    also = "" if raw > 0 else f" AS THEY ARE, ENERGIES ARE WORSE ({-100 * raw:.0f} %): a constant offset is left."
     if min(e, f) > 0:
-        return f"Two stages beat direct training: energy error {e:.0f} % lower, force error {f:.0f} % lower."
+        better = f"energy error {e:.0f} % lower (offsets removed), force error {f:.0f} % lower"
+        return f"Two stages beat direct training: {better}.{also}"
     worse = " and ".join(f"{what} ({-x:.0f} % higher)" for what, x in (("energy", e), ("force", f)) if x <= 0)
     return f"WORSE THAN DIRECT TRAINING in the error of {worse}: use the directly trained student, or a better teacher."
 
@@ -79,10 +82,14 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
     if "direct" in outcome.fits:
         lines += ["", _iterations(outcome)]
     fidelity = outcome.fits["pretrain"].valid
-    dropped = ", ".join(f"{v} {k}" for k, v in counts["dropped"].items() if v) or "none"
+    dropped, lost = (
+        ", ".join(f"{v} {k}" for k, v in counts.get(key, {}).items() if v) or "none"
+        for key in ("dropped", "lost_before")
+    )
     lines += [
         "",
-        f"Synthetic frames: {counts['kept']} of {counts['labelled']} kept (dropped: {dropped}). The pre-trained "
+        f"Synthetic frames: {counts['kept']} of {counts['labelled']} labelled ones kept (dropped: {dropped}; lost in "
+        f"sampling and labelling: {lost}). The pre-trained "
         f"student repeats the teacher's labels on {counts['for_validation']} held-out synthetic frames to "
         f"{fidelity[0]:.2f} meV/atom and {fidelity[1]:.1f} meV/Å; this is fidelity to the teacher, not accuracy.",
         "",
@@ -90,8 +97,8 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
         "",
         *_times(outcome),
         "",
-        f"![curves]({curves.name}) ![parity]({pairs.name})\n\n{datetime.date.today()}, {config.device}, "
-        f"{len(os.sched_getaffinity(0))} cores, seed {config.seed}.",
+        f"![curves]({curves.name}) ![parity]({pairs.name})\n\n{datetime.date.today()}, trained on "
+        f"{config.device}, timed and evaluated on CPU, {len(os.sched_getaffinity(0))} cores, seed {config.seed}.",
     ]
     _curves(outcome.fits, curves)
     shown = {_NAMES[k]: _predictions(v["folder"]) for k, v in outcome.evaluations.items() if k != "pretrain"}
@@ -105,6 +112,10 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
     write_text(config.folder / f"{config.report}.json", json.dumps(content, indent=1) + "\n")
     write_text(config.folder / f"{config.report}.md", "\n".join(lines) + "\n")
     return config.folder / f"{config.report}.md"
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{v} {k}" for k, v in counts.items() if v) or "none"
 
 
 def _table(outcome: Outcome) -> list[str]:

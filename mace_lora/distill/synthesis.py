@@ -16,19 +16,18 @@ from mace_lora.augment import committee_deviation, features, keep_sound, label, 
 from mace_lora.augment.perturb import bare
 from mace_lora.augment.selection import unique
 
-from .checks import geometry_key
+from .checks import Places, is_atom
 from .config import Distillation, Filter, Synthetic
 
 __all__ = ["label_frames", "make_frames", "select_frames"]
 
 _HELD = 0.05  # of the synthetic frames, for validation of the pre-training
 _HELD_MOST = 200
-_SAME = 1e-3  # distance of the features of equal frames
 
 
 def make_frames(config: Distillation, teacher: str, place: Path) -> None:
     """Write ``sampled.xyz``: dynamics with the teacher and changed copies of the quantum training frames."""
-    quantum: list[ase.Atoms] = ase.io.read(config.train, ":")
+    quantum: list[ase.Atoms] = [a for a in ase.io.read(config.train, ":") if not is_atom(a)]
     settings, dropped = config.synthetic, Counter[str]()
     frames: list[ase.Atoms] = []
     if settings.temperatures:
@@ -67,8 +66,12 @@ def _changed(
 
 
 def label_frames(sampled: Path, teacher: str, workers: int, place: Path) -> None:
-    """Write ``labelled.xyz``: the frames with the teacher's energies and forces."""
-    label(sampled, place / "labelled.xyz", teacher, workers=workers)
+    """Write ``labelled.xyz``: the frames with the teacher's energies and forces; ``lost.json``: what is not in it."""
+    report = label(sampled, place / "labelled.xyz", teacher, workers=workers)
+    lost = json.loads((sampled.parent / "dropped.json").read_text())
+    if report.failed:
+        lost["the teacher's label failed"] = report.failed
+    write_text(place / "lost.json", json.dumps(lost) + "\n")
 
 
 def select_frames(config: Distillation, labelled: Path, committee: Sequence[str], place: Path) -> None:
@@ -89,7 +92,7 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
     test = ase.io.read(config.test, ":")
     frames = _by_labels(frames, config.filter, dropped)
     source = _source(committee[0]) if committee else None
-    frames = _not_among(frames, test, source, dropped)
+    frames = _not_among(frames, test, dropped)
     if config.filter.duplicates is not None and frames:
         if source is None:
             raise ValueError("filter: duplicates: needs the features of a MACE teacher; leave it out")
@@ -105,7 +108,9 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
     held = min(_HELD_MOST, max(1, round(_HELD * len(frames))))
     write_frames(place / "synthetic_valid.xyz", [frames[i] for i in order[:held]])
     write_frames(place / "synthetic.xyz", [frames[i] for i in order[held:]])
+    lost = labelled.parent / "lost.json"
     content = {
+        "lost_before": json.loads(lost.read_text()) if lost.is_file() else {},
         "labelled": count, "dropped": dropped, "kept": len(frames), "for_validation": held,
         "median_deviation_meV_A": None if deviation is None else float(np.median(deviation)),
     }  # fmt: skip
@@ -130,21 +135,12 @@ def _by_labels(frames: list[ase.Atoms], limits: Filter, dropped: dict[str, int])
     return frames
 
 
-def _not_among(
-    frames: list[ase.Atoms], test: list[ase.Atoms], source: str | None, dropped: dict[str, int]
-) -> list[ase.Atoms]:
+def _not_among(frames: list[ase.Atoms], test: list[ase.Atoms], dropped: dict[str, int]) -> list[ase.Atoms]:
     """Frames that are no test frame, moved, turned or renumbered."""
-    from scipy.spatial import cKDTree
-
-    if not frames:
-        return frames
-    if source is None:  # no features: equal positions only
-        places = {geometry_key(a, 3) for a in test}
-        kept = [a for a in frames if geometry_key(a, 3) not in places]
-    else:
-        values = features([*test, *frames], source)
-        far = cKDTree(values[: len(test)]).query(values[len(test) :])[0] > _SAME
-        kept = [a for a, k in zip(frames, far, strict=True) if k]
+    places = Places()
+    for atoms in test:
+        places.add(atoms, "test")
+    kept = [a for a in frames if is_atom(a) or places.find(a) is None]
     dropped["equal to a test frame"] = len(frames) - len(kept)
     return kept
 

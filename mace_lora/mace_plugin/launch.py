@@ -8,16 +8,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .protocol import TrainPlugin
+from .protocol import Run, TrainPlugin, load_plugins
 
 __all__ = ["LAUNCHED", "LaunchedPlugin", "check_flags", "start", "train", "validation_curve", "with_files"]
 
 
 LAUNCHED = "EQUITUNE_LAUNCHED"
+_FOLDERS = ("lora_init_adapter",)  # flags that take a folder
 
 
 class LaunchedPlugin(TrainPlugin):
@@ -81,9 +82,11 @@ def train(flags: Mapping[str, Any], folder: Path) -> Path:
     Raises:
         ValueError: the training fails; where its messages are.
     """
-    model, log = folder / "run.model", folder / "output.log"
+    model, log, whole = folder / "run.model", folder / "output.log", folder / "run.complete"
     if model.is_file():
-        return model
+        if whole.is_file():
+            return model
+        model.unlink()  # upstream does not write it atomically; its last checkpoint is at hand
     process = start({**flags, "name": "run", "work_dir": folder, "restart_latest": True}, log)
     try:
         code = process.wait()
@@ -93,6 +96,7 @@ def train(flags: Mapping[str, Any], folder: Path) -> Path:
         raise
     if code or not model.is_file():
         raise ValueError(f"training in {folder} failed: {_last_line(log)} (its output is in {log})")
+    whole.touch()
     return model
 
 
@@ -111,20 +115,25 @@ def with_files(flags: Mapping[str, Any], change: Callable[[Path], Any], base: Pa
     """
     out = dict(flags)
     for name, value in flags.items():
-        if isinstance(value, str) and os.path.isfile(base / value):  # noqa: PTH113  Path.is_file fails on long texts
+        exists = os.path.exists if name in _FOLDERS else os.path.isfile  # Path's own fail on long texts
+        if isinstance(value, str) and exists(base / value):
             out[name] = change(base / value)
     return out
 
 
-def check_flags(flags: Mapping[str, Any], where: str) -> None:
+def check_flags(flags: Mapping[str, Any], where: str, plugins: Collection[str] = ()) -> argparse.Namespace:
     """Refuse flags that ``mace_run_train`` would refuse, before anything is trained.
 
     Args:
         flags: as for :func:`start`; ``--name`` is added.
         where: for the message.
+        plugins: names of plugins that check their flags as well.
+
+    Returns:
+        upstream's parsed arguments.
 
     Raises:
-        ValueError: an unknown flag or a value of another kind.
+        ValueError: an unknown flag, a value of another kind, or a plugin's refusal.
     """
     parser, problem = _parser(), ""
 
@@ -135,11 +144,15 @@ def check_flags(flags: Mapping[str, Any], where: str) -> None:
 
     before, parser.error = parser.error, fail
     try:
-        parser.parse_args(["--name=run", *_words(flags)])
+        args: argparse.Namespace = parser.parse_args(["--name=run", *_words(flags)])
+        mine = [p for p in load_plugins() if p.name in plugins]
+        for plugin in mine:
+            plugin.check_args(Run(args, mine))
     except (ValueError, SystemExit) as err:
         raise ValueError(f"{where}: {problem or err}") from None
     finally:
         parser.error = before
+    return args
 
 
 def validation_curve(folder: Path) -> list[tuple[int, float, float]]:

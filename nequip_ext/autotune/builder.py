@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from nequip_ext.upstream.build import is_loading
 __all__ = ["Autotuned"]
 
 _LOG = logging.getLogger("equitune")
-_LEVEL = (".shifts", ".scales")  # of PerTypeScaleShift: belong to a level of theory
+_LEVEL = ("shifts", "scales")  # of PerTypeScaleShift: belong to a level of theory
 _NORMALISATION = "norm_const"  # files leave it out: it is always that of the config
 
 
 def Autotuned(
-    model: Mapping[str, Any], checkpoint: str | None = None, model_dtype: str | None = None,
-    compile_mode: str | None = None,
+    model: Mapping[str, Any], checkpoint: str | None = None, keep: Sequence[str] = _LEVEL,
+    model_dtype: str | None = None, compile_mode: str | None = None,
 ) -> nn.Module:  # fmt: skip
     """The inner model, with the weights of a checkpoint of the same architecture where one is given.
 
@@ -32,12 +32,15 @@ def Autotuned(
     Args:
         model: config of the inner model, as in stage one.
         checkpoint: best.ckpt of stage one; None in stage one itself.
+        keep: what stays the config's: shifts, scales; the rest is taken over.
         model_dtype, compile_mode: for the inner model, as if written there.
 
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: its types, cutoff or architecture are others.
     """
+    if isinstance(keep, str) or not set(keep) <= set(_LEVEL):
+        raise ValueError(f"keep: expected a list of {' and '.join(_LEVEL)}, got {keep!r}")
     built = build_model(with_keys(model, model_dtype, compile_mode))
     if checkpoint is None or is_loading():
         return built
@@ -65,7 +68,7 @@ def Autotuned(
                 "avg_num_neighbors: expected the value of the classical stage, since the weights belong to it "
                 f"({name} is {target[name].tolist()}, was {state[name].tolist()}); equitune nequip-autotune sets it"
             )
-    kept = [k for k in target if k.endswith(_LEVEL)]
+    kept = [k for k in target if k.rpartition(".")[2] in keep]
     with torch.no_grad():
         for name, value in target.items():
             if name not in kept:

@@ -51,6 +51,12 @@ def place(tmp_path_factory):
         ase.io.write(folder / f"{name}.xyz", part, format="extxyz")
     subprocess.run([PROGRAM, "export-base", "base.model"], cwd=folder, check=True, capture_output=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    moved = frames[3].copy()
+    moved.positions += 1.0
+    ase.io.write(folder / "moved.xyz", [moved, *frames[16:27]], format="extxyz")
+    gold = ase.Atoms("Au2", [[0, 0, 0], [0, 0, 2.5]], info={"REF_energy": -1.0})
+    gold.arrays["REF_forces"] = np.array([[0, 0, 0.5], [0, 0, -0.5]])
+    ase.io.write(folder / "gold.xyz", [gold], format="extxyz")
     ase.io.write(folder / "unlabelled.xyz", [ase.Atoms("H2", [[0, 0, 0], [0, 0, 0.8]])] * 3)
     return folder
 
@@ -142,7 +148,7 @@ def outcome(two: float, one: float, curve_two, curve_one) -> Outcome:
         return Fit(Path("x"), 0.01, 10, 100, curve, {0.01: 1.0})
 
     def row(error):
-        return {"errors": {"mae_f": error}, "mae_e_refit": error}
+        return {"errors": {"mae_f": error, "mae_e": error}, "mae_e_refit": error}
 
     fits = {"pretrain": fit([(9, 1.0, 1.0)]), "finetune": fit(curve_two), "direct": fit(curve_one)}
     return Outcome([], Path(), fits, {"finetune": row(two), "direct": row(one)}, {}, {})
@@ -153,7 +159,9 @@ def test_comparison_and_first_line():
     c = comparison(good)
     assert (c["improvement_e"], c["improvement_f"]) == (0.5, 0.5)
     assert (c["direct_steps"], c["finetune_steps"], c["all_steps"]) == (100, 10, 110)
-    assert verdict(good).startswith("Two stages beat direct training: energy error 50 % lower, force error 50 % lower")
+    assert verdict(good).startswith("Two stages beat direct training: energy error 50 % lower (offsets removed), force")
+    good.evaluations["finetune"]["errors"]["mae_e"] = 110.0
+    assert verdict(good).endswith("AS THEY ARE, ENERGIES ARE WORSE (10 %): a constant offset is left.")
     bad = outcome(120.0, 100.0, [(0, 1, 130)], [(9, 1, 100)])
     assert comparison(bad)["finetune_steps"] == np.inf
     assert verdict(bad).startswith("WORSE THAN DIRECT TRAINING in the error of energy (20 % higher) and force (20 %")
@@ -207,6 +215,19 @@ def test_stage_is_kept_by_content(tmp_path):
         ({"synthetic.strain": 2}, "synthetic.strain: expected periodic training frames"),
         ({"test": "valid.xyz"}, "frame 0 of test is also frame 0 of valid: labels leak between them"),
         ({"test": "gone.xyz"}, "no file .*gone.xyz"),
+        ({"test": "moved.xyz"}, "frame 0 of test is also frame 3 of train: labels leak"),
+        ({"test": "gold.xyz"}, "test: Au is in none of the training frames"),
+        ({"student.flags.batch_size": 64}, "batch_size: expected at most the 10 training frames, got 64"),
+        ({"teacher.flags.batch_size": 11}, "teacher.flags: batch_size: expected at most the 10 training frames, got"),
+        ({"student.flags.E0s": "averge"}, "student.flags: E0s: expected average, estimated, foundation, a .json"),
+        ({"student.flags.hidden_irreps": "8x0q"}, "hidden_irreps: expected irreps such as 32x0e.32x1o, got '8x0q'"),
+        ({"student.flags.model_dir": "models"}, "student.flags: model_dir is not possible here; leave it out"),
+        ({"student.flags.stage_two": True}, "swa: the model of the second stage would not be used"),
+        ({"student.finetune.flags": {"lora_rank": 4}}, "student.finetune.flags: --lora_rank: has no effect"),
+        ({"student.direct.flags": {"hidden_irreps": "4x0e"}}, "direct.flags: hidden_irreps belongs to student.flags"),
+        ({"student.pretrain.flags": {"foundation_model": "small"}}, "foundation_model belongs to student.flags"),
+        ({"teacher.flags.freeze": 3}, "teacher.flags: --freeze 3: --lora already freezes the base"),
+        ({"device": "cudda"}, "device: Input should be 'cpu', 'cuda'"),
     ],
 )
 def test_bad_configs_fail_before_any_compute(place, tmp_path, change, message):
@@ -239,12 +260,31 @@ def test_names_of_teachers_keep_what_decides_their_labels(place, tmp_path):
 
 
 def test_same_place_in_another_cell_is_another_frame():
-    from mace_lora.distill.checks import geometry_key
+    from mace_lora.distill.checks import Places
 
     one, two = (ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2]], cell=[a] * 3, pbc=True) for a in (4.0, 4.1))
     near = one.copy()
     near.positions[0] = [-1e-9, 1e-9, 0]
-    assert geometry_key(one) != geometry_key(two) and geometry_key(one) == geometry_key(near)
+    seen = Places()
+    seen.add(one, "one")
+    assert seen.find(two) is None and seen.find(near) == "one"
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_equal_frames_are_found_however_they_lie(periodic):
+    from ase.build import bulk
+
+    from mace_lora.distill.checks import Places
+
+    atoms = bulk("NaCl", "rocksalt", a=5.6, cubic=True) if periodic else ase.io.read(EMBEDDED, 0, format="extxyz")
+    atoms.rattle(0.1, seed=1)
+    seen, other, moved = Places(), atoms.copy(), atoms[::-1]
+    seen.add(atoms, "first")
+    other.rattle(0.003, seed=2)
+    moved.positions += [1.0, 2.0, 3.0]
+    moved.rotate(30, "z", rotate_cell=periodic)
+    moved.wrap() if periodic else None
+    assert seen.find(moved) == "first" and seen.find(other) is None
 
 
 def test_verdict_without_energy_labels():

@@ -68,6 +68,7 @@ class Labeler:
     Attributes:
         name: as the user wrote it.
         identity: the name, and the content of the files in it; labels of equal identity may be mixed.
+        has_files: whether the content of files stands for them in the identity.
         level: description of the level of theory.
         versions: of the programs behind it.
     """
@@ -78,6 +79,7 @@ class Labeler:
     _factory: Factory = field(repr=False)
     _electrons: bool = False
     identity: str = ""
+    has_files: bool = False
 
     def __post_init__(self) -> None:
         self.identity = self.identity or self.name
@@ -176,7 +178,7 @@ def open_labeler(name: str) -> Labeler:
     paths = [Path(a) for a in argument.split("+")]
     if method.files and (digest := _digest(paths)):  # wherever the files lie
         identity = f"{head}:{'+'.join(p.name if p.exists() else str(p) for p in paths)}#{digest}"
-    return Labeler(name, level, versions, factory, method.electrons, identity)
+    return Labeler(name, level, versions, factory, method.electrons, identity, method.files and "#" in identity)
 
 
 def _digest(paths: list[Path]) -> str:
