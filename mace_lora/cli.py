@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import runpy
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -39,6 +40,13 @@ def main() -> None:
         warnings.filterwarnings("ignore", category=category)
     try:
         app()
+    except ModuleNotFoundError as err:
+        package = (err.name or "").partition(".")[0]
+        extra = {"nequip": "nequip", "allegro": "allegro", "mace": "mace", "sevenn": "sevennet"}.get(package)
+        if extra is None:
+            raise
+        typer.echo(f'equitune: error: this needs {package} here: pip install "equitune[{extra}]"', err=True)
+        sys.exit(2)
     except (ValueError, OSError) as err:
         typer.echo(f"equitune: error: {err}", err=True)
         sys.exit(2)
@@ -73,7 +81,7 @@ def doctor() -> None:
     problems = 0
     table = Table("check", "result", show_lines=False)
     disabled = os.environ.get(startup.KILL_SWITCH) == "1"
-    in_pth = "mace_lora.mace_plugin.startup" in sys.modules and startup.is_installed()
+    in_pth = _hook_is_read()
     table.add_row("start-up hook", "off (EQUITUNE_DISABLE=1)" if disabled else "active" if in_pth else "NOT active")
     problems += not in_pth and not disabled
     for name in (
@@ -103,6 +111,14 @@ def doctor() -> None:
         )
         raise typer.Exit(1)
     console.print("all checks passed")
+
+
+def _hook_is_read() -> bool:
+    """Whether a new Python process has the hook without asking for it."""
+    code = "import sys; print('mace_lora.mace_plugin.startup' in sys.modules)"
+    flags = ["-S"] if sys.flags.no_site else []
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() == "True"
 
 
 def _check_contracts(table: Table) -> int:

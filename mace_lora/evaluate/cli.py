@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +38,6 @@ def evaluate(
     bootstrap intervals over frames, force errors per element and by size of the force, errors for
     each value of a key (--by), a parity plot and JSON.
     """
-    import ase.io
-
     from mace_lora.evaluate.metrics import predict
     from mace_lora.evaluate.report import report, tables, write_report
 
@@ -46,7 +45,7 @@ def evaluate(
         raise ValueError(f"--level: expected a number between 0 and 1, got {level}")
     if not frames.is_file():
         raise FileNotFoundError(f"no file {frames}")
-    structures = ase.io.read(frames, index if ":" in index else f"{index}:{int(index) + 1}")
+    structures = _chosen(frames, index)
     groups = {key: [_value(a, key, i) for i, a in enumerate(structures)] for key in by or []}
     calculator = _potential(model, adapter, head, device, dtype, structures)
     predictions = predict(calculator, structures, energy_key, forces_key, stress_key, progress=_bar)  # type: ignore[arg-type]
@@ -82,6 +81,22 @@ def learning_curve(
     console.print(table)
     data_curve(curves, output)
     console.print(f"written: {output}", highlight=False)
+
+
+def _chosen(path: Path, index: str) -> list[Any]:
+    import ase.io
+
+    if not re.fullmatch(r"-?\d+|-?\d*:-?\d*(:-?\d*)?", index):
+        raise ValueError(f"--index: expected a number or a slice such as 0:100 or ::10, got {index!r}")
+    try:
+        found = ase.io.read(path, index)
+    except IndexError as err:
+        raise ValueError(f"--index: {path} has no frame {index}") from err
+    except (ValueError, OSError):
+        raise
+    except Exception as err:  # ASE's readers raise whatever their parsing runs into
+        raise ValueError(f"{path}: cannot be read as structures ({type(err).__name__}: {err})") from err
+    return found if isinstance(found, list) else [found]
 
 
 def _value(atoms: Any, key: str, index: int) -> Any:

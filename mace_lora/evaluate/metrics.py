@@ -165,7 +165,8 @@ def intervals(p: Predictions, level: float = 0.95, resamples: int = 1000, seed: 
         seed: of the resampling.
 
     Returns:
-        name of the error -> (low, high); NaN with fewer than two labelled frames.
+        name of the error -> (low, high); NaN with fewer than two labelled frames. With stress labels also ``mae_s`` and
+        ``rmse_s`` in meV/Å^3.
     """
     from scipy.stats import bootstrap
 
@@ -177,6 +178,12 @@ def intervals(p: Predictions, level: float = 0.95, resamples: int = 1000, seed: 
         "mae_f": (np.array([np.abs(f).sum() for f in per_frame]), 3.0 * p.atoms),
         "rmse_f": (np.array([(f**2).sum() for f in per_frame]), 3.0 * p.atoms),
     }
+    if p.stress is not None and p.stress_label is not None:
+        ds = 1e3 * (p.stress - p.stress_label)
+        parts |= {
+            "mae_s": (np.abs(ds).sum(axis=1), np.full(len(ds), 6.0)),
+            "rmse_s": ((ds**2).sum(axis=1), np.full(len(ds), 6.0)),
+        }
     out = {}
     for name, (total, count) in parts.items():
         known = np.isfinite(total)
@@ -189,7 +196,7 @@ def intervals(p: Predictions, level: float = 0.95, resamples: int = 1000, seed: 
         ).confidence_interval  # fmt: skip
         low, high = float(result.low), float(result.high)
         out[name] = (low**0.5, high**0.5) if name.startswith("rmse") else (low, high)
-    assert out.keys() == asdict(errors(p)).keys()
+    assert out.keys() - {"mae_s", "rmse_s"} == asdict(errors(p)).keys()
     return out
 
 

@@ -78,8 +78,10 @@ def tables(content: dict[str, Any]) -> list[Table]:
         main.add_row("E mean error", f"{content['mean_energy_error']:+.2f}", "–", "meV/atom")
         main.add_row("E MAE, mean error removed", f"{content['mae_e_without_mean_error']:.2f}", "–", "meV/atom")
     if content["stress_errors"]:
-        main.add_row("stress MAE", f"{content['stress_errors']['mae']:.3f}", "–", "meV/Å³")
-        main.add_row("stress RMSE", f"{content['stress_errors']['rmse']:.3f}", "–", "meV/Å³")
+        for kind in ("mae", "rmse"):
+            low, high = content["intervals"][f"{kind}_s"]
+            shown = "–" if low is None else f"{low:.3f}–{high:.3f}"
+            main.add_row(f"stress {kind.upper()}", f"{content['stress_errors'][kind]:.3f}", shown, "meV/Å³")
     elements = Table("element", "atoms", "F MAE (meV/Å)", "F RMSE (meV/Å)")
     for symbol, row in content["force_errors_by_element"].items():
         elements.add_row(symbol, f"{row['atoms']:,}", f"{row['mae']:.2f}", f"{row['rmse']:.2f}")

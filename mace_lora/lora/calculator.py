@@ -14,6 +14,7 @@ from ase import Atoms
 from torch import nn
 
 from .adapter import AdapterFile, load_adapter, read_adapter
+from .energies import BUFFER, MODULE, difference
 from .fingerprint import fingerprint
 from .inject import adapter_layers, adapter_names, disabled_adapters, merge_adapters, set_adapter
 
@@ -109,15 +110,17 @@ def load_with_adapters(
     else:
         from mace_lora.mace_plugin.base_model import load_model
 
-        model = load_model(base, dtype)
+        model = load_model(base)  # in its own precision: adapters know their base by its weights
     if adapter_names(model) and any(f.metadata.get("base_fingerprint") != fingerprint(model) for f in files.values()):
         raise ValueError(
             f"base: it has adapters already ({', '.join(adapter_names(model))}) and is not the prepared base of the "
             "adapters to load; give the base that they were trained on, or one without adapters"
         )
-    # The first one may prepare a new model from a foundation model; the others then match that.
+    # The first one may prepare a new model from a foundation model. The others belong to the same, as was checked;
+    # prepared in another precision than in training it could differ in a last digit.
     for name, path in (adapters or {}).items():
-        model = load_adapter(model, path, adapter_name=name)
+        model = load_adapter(model, path, adapter_name=name, check_base=name == next(iter(files)))
+        _own_references(model, name, files)
     if dtype is not None:
         model = model.to(dtype)
     return set_adapter(model, next(iter(files))) if files else model
@@ -128,11 +131,28 @@ def _check_same_base(files: Mapping[str, AdapterFile]) -> None:
     names = list(files)
     for other in names[1:]:
         a, b = files[names[0]].metadata, files[other].metadata
-        if a.get("base_fingerprint") != b.get("base_fingerprint"):
+        if a.get("base_fingerprint") != b.get("base_fingerprint") and not _only_references(files[other], a, b):
             raise ValueError(
                 f"adapters {names[0]!r} and {other!r} belong to different prepared bases: {_difference(a, b)}; "
                 "train them with the same base, elements and E0s, or load each into a calculator of its own"
             )
+
+
+def _only_references(other: AdapterFile, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two adapters are of one foundation and differ in the E0s alone, which the second can make up for."""
+    same = ("foundation_fingerprint", "foundation_head", "elements", "heads")
+    known = a.get("foundation_fingerprint") is not None and difference(a.get("E0s"), b.get("E0s")) is not None
+    return known and all(a.get(k) == b.get(k) for k in same) and MODULE in [p.name for p in other.plan]
+
+
+@torch.no_grad()
+def _own_references(model: nn.Module, name: str, files: Mapping[str, AdapterFile]) -> None:
+    """Give an adapter the E0s it was trained with, on a base that has the first adapter's."""
+    change = difference(files[name].metadata.get("E0s"), files[next(iter(files))].metadata.get("E0s"))
+    if change is None or not change.any():
+        return
+    update = adapter_layers(model)[MODULE].lora_dense[name][BUFFER]
+    update += torch.as_tensor(change).to(update).reshape(update.shape)
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 __all__ = ["model_card"]
+
+# hubs refuse a base_model that is no name of theirs, such as a path
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.(model|pt|ckpt|zip|safetensors|json)$)[\w.-]+")
 
 
 def model_card(content: Mapping[str, Any], run: Mapping[str, str], parameters: int) -> str:
@@ -18,10 +23,11 @@ def model_card(content: Mapping[str, Any], run: Mapping[str, str], parameters: i
     """
     own = content["equitune"]
     meta, config = own["metadata"], own["config"]
+    base = str(meta.get("base_model", "unknown"))
     lines = [
         "---",
         "library_name: peft",
-        f"base_model: {meta.get('base_model', 'unknown')}",
+        *([f"base_model: {base}"] if _HUB_NAME.fullmatch(base) else []),
         f"tags: [lora, {meta.get('framework', 'mace')}, interatomic-potential, equitune]",
         "---",
         "",
@@ -29,6 +35,7 @@ def model_card(content: Mapping[str, Any], run: Mapping[str, str], parameters: i
         "",
         "| | |",
         "|---|---|",
+        f"| base model | {Path(base).name} |",
         f"| preset | {config['preset']} |",
         f"| rank, alpha | {config['rank']}, {config['alpha']:g} |",
         f"| parameters | {parameters:,} |",

@@ -10,14 +10,15 @@ import typer
 from rich.table import Table
 
 from mace_lora.atomic import write_text
-from mace_lora.console import MODEL_HELP, console, model_from, print_json
+from mace_lora.console import console, model_from, print_json
 
 __all__ = ["diff", "tune"]
 
 
 def diff(
-    base: Annotated[Path, typer.Argument(help=MODEL_HELP)],
-    tuned: Annotated[Path, typer.Argument(help="fine-tuned model, or adapter folder of this base")],
+    base: Annotated[Path, typer.Argument(help="MACE .model, safetensors + JSON base, or 'embedded'")],
+    tuned: Annotated[Path, typer.Argument(help="fine-tuned MACE model, or adapter folder of this base")],
+    head: Annotated[str | None, typer.Option(help="head of a multi-head base that training began with")] = None,
     rows: Annotated[int, typer.Option(help="rows to show, largest change first; 0 shows all")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -27,13 +28,24 @@ def diff(
     """
     from dataclasses import asdict
 
+    from mace_lora.lora.adapter import read_adapter
     from mace_lora.lora.diff import diff_models
     from mace_lora.lora.info import is_adapter
-    from mace_lora.mace_plugin.base_model import describe_base, prepare_base
+    from mace_lora.mace_plugin.base_model import describe_base, prepare_base, select_head
 
     after = model_from(base, tuned) if is_adapter(tuned) else model_from(tuned)
     # as training began: elements selected and heads made as in the fine-tuned model
-    changes = diff_models(prepare_base(model_from(base), describe_base(after)), after)
+    before = model_from(base)
+    many = (getattr(before, "heads", None) or [1], getattr(after, "heads", None) or [1])
+    if len(many[0]) > len(many[1]) == 1:  # fine-tuning starts from one of a foundation's heads
+        wanted = head or (read_adapter(tuned).metadata.get("foundation_head") if is_adapter(tuned) else None)
+        chosen = select_head(before, wanted)
+        if chosen is None:
+            raise ValueError(
+                f"--head: the base has heads {', '.join(before.heads)}; name the one that training began with"
+            )
+        before = chosen
+    changes = diff_models(prepare_base(before, describe_base(after)), after)
     if as_json:
         print_json([asdict(c) for c in changes])
         return

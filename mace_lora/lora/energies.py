@@ -21,7 +21,9 @@ from mace_lora.mace_plugin import evaluation
 from .inject import ModulePlan
 from .layers import AdapterLayer
 
-__all__ = ["MODULE", "ReferenceFit", "fit_references", "reference_plan", "shift", "solve_offsets"]
+__all__ = [
+    "BUFFER", "MODULE", "ReferenceFit", "difference", "fit_references", "reference_plan", "shift", "solve_offsets",
+]  # fmt: skip
 
 MODULE, BUFFER = "atomic_energies_fn", "atomic_energies"
 # singular values below this share of the largest: combinations of elements that the data does not determine
@@ -40,6 +42,19 @@ class ReferenceFit:
 def reference_plan() -> ModulePlan:
     """Plan of the energy references' update, for :func:`apply_plan`."""
     return ModulePlan(MODULE, {}, (BUFFER,))
+
+
+def difference(before: Any, now: Any) -> np.ndarray | None:
+    """Change of energy references, before minus now, (heads, elements) in eV; None unless they name the same.
+
+    Args:
+        before, now: ``E0s`` of two adapters: head -> atomic number -> eV.
+    """
+    if not isinstance(before, dict) or not isinstance(now, dict) or list(before) != list(now):
+        return None
+    if any(before[h].keys() != now[h].keys() for h in now):
+        return None
+    return np.array([[float(before[h][z]) - float(now[h][z]) for z in sorted(now[h], key=int)] for h in now])
 
 
 def solve_offsets(counts: np.ndarray, residual: np.ndarray) -> np.ndarray:

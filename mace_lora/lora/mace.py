@@ -21,9 +21,9 @@ from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 from .adapter import load_tensors, read_adapter, save_adapter
 from .by_element import enable
 from .config import INITS, PRESETS
-from .energies import MODULE, fit_references, reference_plan
+from .energies import BUFFER, MODULE, difference, fit_references, reference_plan
 from .fingerprint import fingerprint
-from .inject import ModulePlan, apply_plan, merge_lora, plan_lora
+from .inject import ModulePlan, adapter_layers, apply_plan, merge_lora, plan_lora
 from .mace_args import config_from, refuse_conflicts, refuse_unused, resolve_defaults
 from .preflight import preflight
 
@@ -99,6 +99,7 @@ class LoraPlugin(TrainPlugin):
             except (ValueError, FileNotFoundError) as err:
                 raise SettingsError(f"--lora_init_adapter: {err}") from err
         labels.check_files(args)
+        _check_adapter_folder(run)
 
     def before_model(self, run: Run) -> None:
         foundation = run.foundation
@@ -133,6 +134,7 @@ class LoraPlugin(TrainPlugin):
             apply_plan(model, plan, config, ADAPTER)
             if start is not None:
                 load_tensors(model, start, ADAPTER, Path(run.args.lora_init_adapter))
+                _keep_references(run, start.metadata, model)
         except ValueError as err:
             raise SettingsError(f"--lora: {err}") from err
         preflight(run, model, ADAPTER, fresh=start is None)
@@ -146,6 +148,14 @@ class LoraPlugin(TrainPlugin):
         if run.args.optimizer in ("adam", "adamw"):
             group["fused"] = True  # many small factors: one kernel instead of a loop over them
         return [group]
+
+    def before_epoch(self, run: Run, model: nn.Module, epoch: int) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # only the first process writes checkpoints, and refits the energy references as it does
+            for layer in adapter_layers(model).values():
+                for update in layer.lora_dense[ADAPTER].values():
+                    if not update.requires_grad:
+                        torch.distributed.broadcast(update.data, 0)
 
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
         suffix = "_stagetwo-adapter" if stage_two else "-adapter"
@@ -173,12 +183,15 @@ class LoraPlugin(TrainPlugin):
         if not run.state.get("lora_announced"):
             run.state["lora_announced"] = True
             logging.info("equitune: writing the adapter to %s at every best epoch", folder)
-        return {"config": run.state["lora_config"].to_dict()}
+        return {"config": run.state["lora_config"].to_dict(), "refit_E0s": run.args.lora_refit_E0s}
 
     def after_restart(self, run: Run, model: nn.Module) -> None:
         assert run.restored is not None
         saved, now = run.restored["plugins"]["lora"]["config"], run.state["lora_config"].to_dict()
         changed = [f"{k}: {saved.get(k)!r} before, {v!r} now" for k, v in now.items() if saved.get(k) != v]
+        refit = run.restored["plugins"]["lora"].get("refit_E0s", run.args.lora_refit_E0s)
+        if refit != run.args.lora_refit_E0s:
+            changed.append(f"refit_E0s: {refit} before, {run.args.lora_refit_E0s} now")
         if changed:
             raise SettingsError(
                 f"--restart_latest: the --lora_* flags differ from the checkpoint's ({'; '.join(changed)}); give "
@@ -213,6 +226,37 @@ def _keep_learning_rate(args: argparse.Namespace) -> None:
         args.force_mh_ft_lr = True
 
 
+@torch.no_grad()
+def _keep_references(run: Run, saved: Mapping[str, Any], model: nn.Module) -> None:
+    """The shift of a loaded adapter is relative to its own E0s: here it must add up to the same, or be none."""
+    layer = adapter_layers(model).get(MODULE)
+    update = None if layer is None else layer.lora_dense[ADAPTER].get(BUFFER)
+    if update is None:
+        return
+    if not run.args.lora_refit_E0s:
+        update.zero_()
+        logging.info("equitune: --lora_refit_E0s False: the shift of the energy references in the adapter is dropped")
+        return
+    change = difference(saved.get("E0s"), run.state["lora_metadata"].get("E0s"))
+    if change is not None and change.size == update.numel():
+        update += torch.as_tensor(change).to(update).reshape(update.shape)
+
+
+def _check_adapter_folder(run: Run) -> None:
+    """A run of another seed has the same folder for its adapter, which must not be lost."""
+    for suffix in ("-adapter", "_stagetwo-adapter"):
+        folder = Path(run.args.model_dir) / f"{run.args.name}{suffix}"
+        try:
+            theirs = read_adapter(folder).metadata.get("run")
+        except (ValueError, FileNotFoundError):
+            continue
+        if theirs is not None and theirs != run.tag:
+            raise SettingsError(
+                f"--name {run.args.name}: {folder} holds the adapter of the run {theirs}, this is {run.tag}; choose "
+                "another --name or --work_dir, or move that folder"
+            )
+
+
 def _check_start(run: Run, saved: Mapping[str, Any], model: nn.Module) -> None:
     expected, got = saved.get("base_fingerprint"), run.state["lora_metadata"]["base_fingerprint"]
     foundation, ours = saved.get("foundation_fingerprint"), run.state["lora_metadata"]["foundation_fingerprint"]
@@ -236,6 +280,7 @@ def _metadata(run: Run, model: nn.Module) -> dict[str, Any]:
         "base_fingerprint": fingerprint(model),
         "foundation_fingerprint": fingerprint(run.foundation),
         "foundation_head": run.args.foundation_head,
+        "run": run.tag,
         "command": " ".join(sys.argv),
         "data": labels.data_hashes(run.args),
     }

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mace_lora.mace_plugin.launch import default_of
 from mace_lora.mace_plugin.protocol import SettingsError
 
 from .config import LoraConfig, parse_rank_pattern
@@ -99,6 +100,9 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
             "--foundation_filter_elements False: upstream then re-initialises the readouts, and --lora would freeze "
             "random readouts; leave it True"
         )
+    for flag, instead in (("weight_decay", "--lora_weight_decay"), ("lr_params_factors", "--lora_targets")):
+        if getattr(args, flag) != default_of(flag):
+            raise SettingsError(f"--{flag}: has no effect with --lora, whose parameters are one group; use {instead}")
     if args.freeze:
         raise SettingsError(f"--freeze {args.freeze}: --lora already freezes the base; drop one of the two")
     if args.enable_cueq or args.enable_oeq or args.only_cueq:

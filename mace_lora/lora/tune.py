@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mace_lora.atomic import write_text
+from mace_lora.atomic import content_digest, write_text
 
 __all__ = ["Trial", "rungs", "tune"]
 
@@ -58,17 +58,17 @@ def rungs(epochs: int, trials: int, factor: int = 3) -> list[tuple[int, int]]:
 
 
 def best_validation_loss(folder: Path) -> float:
-    """Lowest validation loss that upstream logged; infinite without a finite one."""
-    best = math.inf
+    """Lowest validation loss that upstream logged, of the last head as for its checkpoints; infinite without one."""
+    losses: dict[int, float] = {}
     for path in (folder / "results").glob(f"{NAME}_run-*_train.txt"):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # cut off by an interruption
-            if row.get("mode") == "eval" and row.get("epoch") is not None and math.isfinite(row["loss"]):
-                best = min(best, row["loss"])
-    return best
+            if row.get("mode") == "eval" and row.get("epoch") is not None:
+                losses[int(row["epoch"])] = float(row["loss"])  # heads come in turn, the one that counts last
+    return min((x for x in losses.values() if math.isfinite(x)), default=math.inf)
 
 
 def _train(trial: Trial, epochs: int, arguments: Sequence[str], folder: Path) -> Trial:
@@ -85,13 +85,30 @@ def _train(trial: Trial, epochs: int, arguments: Sequence[str], folder: Path) ->
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=log, env=dict(os.environ), check=False).returncode
     loss = best_validation_loss(folder)
-    if status != 0 and not math.isfinite(loss):
-        tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise ValueError(f"mace_run_train failed in {folder}: {tail[0] if tail else 'no output'} (see log.txt)")
     if status != 0:
+        text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
+        if "NaN" not in text[-3000:]:
+            tail = text.splitlines()[-1:]
+            raise ValueError(f"mace_run_train failed in {folder}: {tail[0] if tail else 'no output'} (see log.txt)")
         loss = math.inf  # diverged on the way
     write_text(done, json.dumps({"epochs": epochs, "loss": loss if math.isfinite(loss) else None}) + "\n")
     return Trial(trial.rank, trial.lr, epochs, loss)
+
+
+def _check_search(arguments: Sequence[str], folder: Path) -> None:
+    """A folder belongs to one command and its data: results of another must not be taken for this one's."""
+    texts = [part for a in arguments for part in (a, a.partition("=")[2])]
+    files = [t for t in texts if t and os.path.isfile(t)]  # noqa: PTH113  Path.is_file fails on long texts
+    now = {"arguments": list(arguments), "files": {f: content_digest(f) for f in files}}
+    record = folder / "search.json"
+    if record.is_file():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before != now:
+            what = "data" if before["arguments"] == now["arguments"] else f"flags ({' '.join(before['arguments'])})"
+            raise ValueError(f"folder: {folder} holds a search with other {what}; choose another --folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(record, json.dumps(now, indent=1) + "\n")
 
 
 def tune(
@@ -119,6 +136,7 @@ def tune(
     """
     if not ranks or not lrs:
         raise ValueError("ranks, lrs: expected at least one value each")
+    _check_search(arguments, folder)
     trials = [Trial(r, lr) for r in ranks for lr in lrs]
     alive = trials
     final: dict[str, Trial] = {t.folder: t for t in trials}
@@ -131,4 +149,6 @@ def tune(
             results.append(result)
             progress(f"rank {result.rank:>3}  lr {result.lr:<7g} epochs {length:>4}  validation loss {result.loss:.6g}")
         alive = sorted(results, key=lambda t: t.loss)
+        if not math.isfinite(alive[0].loss):
+            raise ValueError(f"lrs: every training diverged (see {folder}); try lower learning rates than {min(lrs):g}")
     return sorted(final.values(), key=lambda t: (-t.epochs, t.loss))

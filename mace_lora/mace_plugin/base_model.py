@@ -173,11 +173,19 @@ def load_base(stem: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     """
     import mace  # noqa: F401  before e3nn: it sets the environment that e3nn 0.4.4 needs
     from mace import modules
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    content = json.loads(Path(f"{os.fspath(stem)}.json").read_text(encoding="utf-8"))
+    try:
+        content = json.loads(Path(f"{os.fspath(stem)}.json").read_text(encoding="utf-8"))
+        state = load_file(f"{os.fspath(stem)}.safetensors")
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as err:
+        raise ValueError(
+            f"{os.fspath(stem)}.json and .safetensors: damaged ({err}); restore or convert them again"
+        ) from err
+    if not isinstance(content, dict) or "config" not in content:
+        raise ValueError(f"{os.fspath(stem)}.json: expected a base of equitune convert-model, got no key 'config'")
     check_convention(content.get("e3nn", {}), os.fspath(stem))
-    state = load_file(f"{os.fspath(stem)}.safetensors")
     with _default_dtype(dtype or torch.get_default_dtype()):
         model = modules.ScaleShiftMACE(**{k: _from_json(k, v) for k, v in content["config"].items()})
         fixed = any(n == _BESSEL for n, _ in model.named_buffers())

@@ -6,6 +6,7 @@ but not the raw weights and the EMA's own state, and forgets the best loss at a 
 
 from __future__ import annotations
 
+import glob
 import logging
 import math
 import os
@@ -114,7 +115,7 @@ def lock(run: Run) -> None:
     Raises:
         SettingsError: another run is writing there now.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if run.args.distributed and _rank() != "0":
         return
     run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
     while _held:  # of an earlier run in this process
@@ -128,9 +129,17 @@ def lock(run: Run) -> None:
             "choose another --name or --work_dir"
         ) from None
     models = Path(run.args.model_dir)
-    for folder in (run.checkpoints_dir, *models.glob(f"{run.args.name}*-adapter")):
-        for leftover in folder.glob(".*.part"):
-            leftover.unlink(missing_ok=True)
+    leftovers = list(run.checkpoints_dir.glob(f".{glob.escape(run.tag)}_epoch-*.part"))
+    for folder in (models / f"{run.args.name}-adapter", models / f"{run.args.name}_stagetwo-adapter"):
+        leftovers += folder.glob(".*.part")
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+
+
+def _rank() -> str:
+    """Number of this process, by torchrun, Slurm or MPI; upstream sets RANK later."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[n] for n in names if n in os.environ), "0")
 
 
 def latest_checkpoint(run: Run) -> Path | None:

@@ -53,8 +53,7 @@ def check_files(args: argparse.Namespace) -> None:
             raise SettingsError(f"--{flag}: no file {path}")
         if path.suffix not in _READABLE:
             continue
-        frames = ase.io.read(path, index=":")
-        assert isinstance(frames, list)
+        frames = _frames(f"--{flag}", path)
         energies = forces = 0
         for index, atoms in enumerate(frames):
             where = f"--{flag}: {path} frame {index} ({atoms.get_chemical_formula()})"
@@ -62,6 +61,19 @@ def check_files(args: argparse.Namespace) -> None:
             energies, forces = energies + energy, forces + force
         if flag != "test_file":
             _check_labelled(args, f"--{flag}: {path}", frames, energies, forces)
+
+
+def _frames(flag: str, path: Path) -> list[ase.Atoms]:
+    if not path.is_file():
+        raise SettingsError(f"{flag}: expected a file, got the folder {path}")
+    try:
+        frames = ase.io.read(path, index=":")
+    except Exception as err:  # ASE's readers raise whatever their parsing runs into
+        raise SettingsError(
+            f"{flag}: {path} cannot be read as structures ({type(err).__name__}: {err}); it is empty or damaged"
+        ) from err
+    assert isinstance(frames, list)
+    return frames
 
 
 def _check_labelled(args: argparse.Namespace, where: str, frames: list[ase.Atoms], energies: int, forces: int) -> None:

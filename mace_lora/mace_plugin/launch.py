@@ -14,7 +14,16 @@ from typing import Any
 
 from .protocol import Run, TrainPlugin, load_plugins
 
-__all__ = ["LAUNCHED", "LaunchedPlugin", "check_flags", "start", "train", "validation_curve", "with_files"]
+__all__ = [
+    "LAUNCHED",
+    "LaunchedPlugin",
+    "check_flags",
+    "default_of",
+    "start",
+    "train",
+    "validation_curve",
+    "with_files",
+]
 
 
 LAUNCHED = "EQUITUNE_LAUNCHED"
@@ -55,6 +64,11 @@ def _parser() -> Any:
 
     install()
     return build_default_arg_parser()
+
+
+def default_of(flag: str) -> Any:
+    """Upstream's default of a flag, named without dashes."""
+    return _parser().get_default(flag)
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """--lora with upstream's other modes: several processes, LBFGS, replay, multi-head foundations."""
 
+import ast
 import sys
 
 import ase.io
@@ -53,6 +54,21 @@ def test_two_processes_give_the_weights_of_one(job, tmp_path):
     first, second = (read_adapter(w / "run-adapter").tensors for w in (one, two))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_two_processes_share_the_energy_references(job, tmp_path):
+    """Only the first process refits them; after wrong E0s the others would train against another target."""
+    common = {"max_num_epochs": 3, "default_dtype": "float64", "lr": 1e-3, "clip_grad": 1e6}
+    e0s = ast.literal_eval((job / "e0s.txt").read_text())
+    common["E0s"] = str({z: e + 0.9 for z, e in e0s.items()})
+    log = train(job, tmp_path / "one", batch_size=10, **common).stdout
+    assert "energy references refitted on" in log
+    arguments = flags(job, tmp_path / "two", distributed=True, launcher="torchrun", batch_size=5, **common)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", BIN / "mace_run_train"]
+    launch([*run, *arguments])
+    first, second = (read_adapter(tmp_path / w / "run-adapter").tensors for w in ("one", "two"))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-3, rtol=2e-2, msg=name)
 
 
 def test_lbfgs(job, tmp_path):

@@ -20,7 +20,15 @@ from mace_lora import LoraConfig, adapter_names, apply_lora, fingerprint, load_a
 from mace_lora.lora import calculator as calculator_module
 from mace_lora.lora.calculator import load_calculator
 from mace_lora.lora.committee import Committee, committee_predict, load_committee
-from mace_lora.lora.inject import adapter_layers, disabled_adapters, merge_adapters, set_adapter
+from mace_lora.lora.energies import reference_plan
+from mace_lora.lora.inject import (
+    adapter_layers,
+    apply_plan,
+    disabled_adapters,
+    merge_adapters,
+    plan_lora,
+    set_adapter,
+)
 from mace_lora.mace_plugin.base_model import describe_base, embedded_base, prepare_base, save_base
 
 pytestmark = [pytest.mark.mace, pytest.mark.usefixtures("double")]
@@ -321,7 +329,7 @@ def test_adapters_follow_the_dtype(base, folders, merge):
             evaluate(calc, ethanol())
 
 
-def foundation_adapters(tmp_path, settings):
+def foundation_adapters(tmp_path, settings, references=False):
     """A foundation model and one adapter folder for each preparation of it."""
     foundation = build_mace(zs=(1, 6, 7, 8))
     folders = {}
@@ -330,7 +338,8 @@ def foundation_adapters(tmp_path, settings):
         wanted = {"elements": elements, "heads": ["Default"], "E0s": {"Default": energies}, "dtype": "float64"}
         prepared = prepare_base(foundation, wanted)
         metadata = describe_base(prepared) | {"foundation_fingerprint": fingerprint(foundation)}
-        model = apply_lora(prepared, CONFIGS["a"])
+        plan = plan_lora(prepared, CONFIGS["a"]) + ([reference_plan()] if references else [])
+        model = apply_plan(prepared, plan, CONFIGS["a"], "default")
         randomise(model, std=0.02, seed=seed)
         folders[name] = save_adapter(
             model, tmp_path / name, config=CONFIGS["a"], metadata=metadata, dtype=torch.float64
@@ -346,6 +355,27 @@ def test_foundation_model_is_prepared_once(tmp_path):
         calc.set_adapter(name)
         assert_same(evaluate(calc, ethanol()), evaluate(single, ethanol()))
     assert_committee(load_committee(foundation, folders), list(calculators.values()), ethanol())
+
+
+def test_adapters_of_one_foundation_keep_their_own_energy_references(tmp_path):
+    """Data sets of two methods have other E0s: the difference belongs to the adapter."""
+    settings = {"a": ([1, 6, 8], -13.5), "b": ([1, 6, 8], -14.25)}
+    foundation, folders = foundation_adapters(tmp_path, settings, references=True)
+    calculators = {name: stock(foundation, folder) for name, folder in folders.items()}
+    calc = load_calculator(foundation, folders)
+    for name, single in calculators.items():
+        calc.set_adapter(name)
+        assert_same(evaluate(calc, ethanol()), evaluate(single, ethanol()))
+    assert_committee(load_committee(foundation, folders), list(calculators.values()), ethanol())
+
+
+def test_second_adapter_in_another_precision(tmp_path):
+    """Selecting elements scales weights: in another precision than in training the last digits differ."""
+    foundation, folders = foundation_adapters(tmp_path, {"a": ([1, 6, 8], -13.5), "b": ([1, 6, 8], -13.5)})
+    single = foundation.float()
+    for dtype in ("float32", "float64"):
+        calc = load_calculator(single, folders, default_dtype=dtype)
+        assert calc.adapter_names == ["a", "b"]
 
 
 # -- errors --------------------------------------------------------------------------------------

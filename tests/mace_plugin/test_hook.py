@@ -97,6 +97,16 @@ def test_energy_references_are_restored():
     assert model.atomic_energies_fn.atomic_energies.reshape(-1).tolist() == [-9.0, -2.0, -8.0]
 
 
+def test_doctor_sees_that_the_hook_is_not_read():
+    """Without site-packages' start files (python -S) there is no hook."""
+    paths = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-S", "-W", "ignore", "-c", "from mace_lora.cli import main; main()", "doctor"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 1 and "NOT active" in done.stdout and "equitune run mace_run_train" in done.stdout
+
+
 def test_doctor():
     done = subprocess.run([Path(sys.executable).parent / "equitune", "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
