@@ -4,6 +4,7 @@ A molecule of rMD17 (PBE): MMFF94 dynamics and rattled frames are labelled by MM
 trained on, N/5 (at least 5) validated on, 500 tested. Equal architecture, equal number of steps in the quantum stage,
 each method at the best of its own learning rates (first seed's validation frames). Controls: "same", whose classical
 stage sees the N training geometries only; "lora", whose second stage is LoRA. One JSON per run; stopped, it continues.
+The numbers of labels of a seed share one stage one, whose learning rate decays as that of the number run first.
 
 Command:  python benchmarks/autotune_mace.py run --data DIR [--molecules aspirin --counts 25,50,100,400]
           python benchmarks/autotune_mace.py table
@@ -31,11 +32,13 @@ import typer
 from datasets import rmd17, split, write
 from finetune import curve, energy_offsets, evaluate, load
 
-from mace_lora.atomic import write_text
+from mace_lora.atomic import atomic_path, write_text
 from mace_lora.augment import Schedule, label, rattle, sample_md
 
 RESULTS = Path(__file__).parent / "results" / "autotune_mace"
 METHODS = ("scratch", "autotune", "lora", "same")
+LRS, SEEDS = "0.005,0.01,0.02", "0,1,2"
+AS_TRAINED, REFIT = "as trained", "refit"  # energy references: rows without the key are of code that never refitted
 CLASSICAL, CLASSICAL_EPOCHS, STEPS, BATCH = 4000, 12, 2000, 5
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -56,6 +59,11 @@ def classical_frames(molecule: str, data: Path, work: Path) -> Path:
     return out
 
 
+def gamma(count: int) -> str:
+    """Decay of the learning rate by an epoch, to a twentieth at the end."""
+    return f"{0.05 ** (1 / max(1, STEPS * BATCH // count)):.6f}"
+
+
 def command(method: str, lr: float, seed: int, count: int, folder: Path, data: Path, classical: Path) -> list[str]:
     """The training command of a run."""
     epochs = max(1, STEPS * BATCH // count)
@@ -64,7 +72,7 @@ def command(method: str, lr: float, seed: int, count: int, folder: Path, data: P
         "--E0s=average", "--hidden_irreps=16x0e+16x1o", "--max_ell=2", "--correlation=2", "--r_max=4.5", f"--lr={lr}",
         f"--batch_size={BATCH}", "--valid_batch_size=25", f"--max_num_epochs={epochs}",
         f"--eval_interval={max(1, epochs // 40)}", "--ema", "--ema_decay=0.99", "--patience=100000",
-        "--scheduler=ExponentialLR", f"--lr_scheduler_gamma={0.05 ** (1 / epochs):.6f}", "--default_dtype=float32",
+        "--scheduler=ExponentialLR", f"--lr_scheduler_gamma={gamma(count)}", "--default_dtype=float32",
         "--device=cpu", "--loss=weighted", "--energy_weight=1", "--forces_weight=100", "--error_table=TotalMAE",
         f"--work_dir={folder}", "--plot=False", "--restart_latest",
     ]  # fmt: skip
@@ -76,7 +84,8 @@ def command(method: str, lr: float, seed: int, count: int, folder: Path, data: P
 
 def one(molecule: str, method: str, count: int, lr: float, seed: int, data: Path, work: Path) -> dict[str, Any]:
     """Train, evaluate and store one run; a stored one is read."""
-    name = f"{molecule}__{method}__n{count}__lr{lr:g}__s{seed}"
+    kind = AS_TRAINED if method == "scratch" else REFIT
+    name = f"{molecule}__{method}__n{count}__lr{lr:g}__s{seed}" + ("" if kind == AS_TRAINED else f"__{kind}")
     result = RESULTS / f"{name}.json"
     if result.is_file():
         return json.loads(result.read_text())
@@ -95,8 +104,9 @@ def one(molecule: str, method: str, count: int, lr: float, seed: int, data: Path
     pieces = ("run_classical.model", "checkpoints/run_classical.json")
     if method in ("autotune", "lora") and all((shared / p).is_file() for p in pieces):
         (folder / "checkpoints").mkdir(exist_ok=True)
-        for piece in pieces:
-            shutil.copy(shared / piece, folder / piece)
+        shutil.copy(shared / pieces[0], folder / pieces[0])
+        record = json.loads((shared / pieces[1]).read_text()) | {"lr_scheduler_gamma": str(float(gamma(count)))}
+        write_text(folder / pieces[1], json.dumps(record) + "\n")
     start = time.time()
     with (folder / "stdout.log").open("a") as log:
         subprocess.run(
@@ -110,7 +120,7 @@ def one(molecule: str, method: str, count: int, lr: float, seed: int, data: Path
     model = load(folder / "run.model")
     offsets = energy_offsets(model, train)
     row = {
-        "molecule": molecule, "method": method, "count": count, "lr": lr, "seed": seed,
+        "molecule": molecule, "method": method, "count": count, "lr": lr, "seed": seed, "energies": kind,
         "wall_s": round(time.time() - start, 1), "curve": curve(folder), "valid": evaluate(model, valid, offsets),
         "test": evaluate(model, test[:500], offsets),
     }  # fmt: skip
@@ -130,8 +140,8 @@ def run_all(
     molecules: Annotated[str, typer.Option(help="rMD17 molecules")] = "aspirin",
     methods: Annotated[str, typer.Option(help=f"of {', '.join(METHODS)}")] = "scratch,autotune",
     counts: Annotated[str, typer.Option(help="numbers of quantum training frames")] = "50,25,100,400",
-    lrs: Annotated[str, typer.Option(help="sweep on the first seed")] = "0.005,0.01,0.02",
-    seeds: Annotated[str, typer.Option(help="the first is used for the sweep")] = "0,1,2",
+    lrs: Annotated[str, typer.Option(help="sweep on the first seed")] = LRS,
+    seeds: Annotated[str, typer.Option(help="the first is used for the sweep")] = SEEDS,
     workdir: Annotated[Path, typer.Option(help="files of unfinished runs")] = Path("build/autotune_mace"),
 ) -> None:
     """Run what is missing; stop at any time."""
@@ -161,28 +171,70 @@ def table() -> None:
         f"steps of {BATCH} frames for both; 16x0e+16x1o, max_ell 2, correlation 2, r_max 4.5 Å, float32; rates chosen "
         "on validation frames of the first seed; median (min–max) over seeds. E in meV per frame, raw and with the "
         "training frames' mean offset removed; F in meV/Å; fewer epochs: of the quantum stage, to scratch's "
-        "best validation force error. Measured before energy references were refitted at every best epoch, which "
-        "ends the raw offsets.",
+        "best validation force error. Energies: refit where the energy references were refitted at every best epoch, "
+        f"as trained where they were not. *: unfinished, fewer than {len(LRS.split(','))} learning rates or "
+        f"{len(SEEDS.split(','))} seeds.",
         "Command: `python benchmarks/autotune_mace.py run --data DIR`, `… table` "
         f"({datetime.date.today()}, mace-torch {version('mace-torch')}).",
     ]
     for molecule in sorted({r["molecule"] for r in rows}):
-        lines += ["", f"## {molecule}", "", "| N | method | lr | seeds | E MAE | E MAE, offset removed | F MAE | "
-                  "scratch / this: E | F | fewer epochs |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += ["", f"## {molecule}", "", "| N | method | energies | lr | seeds | E MAE | E MAE, offset removed | "
+                  "F MAE | scratch / this: E raw | E | F | fewer epochs |", "|" + "---|" * 12]  # fmt: skip
         for count in sorted({r["count"] for r in rows if r["molecule"] == molecule}):
-            base = chosen(rows, molecule, count, "scratch")
+            base = chosen(rows, molecule, count, "scratch", AS_TRAINED)
             for method in METHODS:
-                mine = chosen(rows, molecule, count, method)
-                if mine:
-                    lines.append(line(count, method, mine, base))
+                for kind in (AS_TRAINED, REFIT):
+                    mine = chosen(rows, molecule, count, method, kind)
+                    if mine:
+                        lines.append(line(count, method, mine, base, unfinished(rows, mine)))
     text = "\n".join(lines) + "\n"
+    plot(rows, RESULTS.parent / "autotune_mace.png")
     write_text(RESULTS.parent / "autotune_mace.md", text)
     print(text)
 
 
-def chosen(rows: list[dict[str, Any]], molecule: str, count: int, method: str) -> list[dict[str, Any]]:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Force and energy error against the number of labels, log-log."""
+    from matplotlib.figure import Figure
+
+    molecules = sorted({r["molecule"] for r in rows})
+    figure = Figure(figsize=(8, 3.2 * len(molecules)), layout="constrained")
+    for axes, molecule in zip(figure.subplots(len(molecules), 2, squeeze=False), molecules, strict=True):
+        for axis, key, name in zip(
+            axes, ("mae_e_refit", "mae_f"), ("E MAE, offset removed (meV)", "F MAE (meV/Å)"), strict=True
+        ):
+            for method in METHODS:
+                for kind, style in ((AS_TRAINED, "o--"), (REFIT, "s-")):
+                    found = {n: chosen(rows, molecule, n, method, kind) for n in sorted({r["count"] for r in rows})}
+                    points = [(n, median(r["test"][key] for r in mine)) for n, mine in found.items() if mine]
+                    if points:
+                        axis.plot(*zip(*points, strict=True), style, label=f"{method}, {kind}")
+            axis.set(xscale="log", yscale="log", xlabel="quantum labels", ylabel=name, title=molecule)
+        axes[1].legend(fontsize=7)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def energies(row: dict[str, Any]) -> str:
+    return str(row.get("energies", AS_TRAINED))
+
+
+def of(rows: list[dict[str, Any]], molecule: str, count: int, method: str, kind: str) -> list[dict[str, Any]]:
+    key = (molecule, count, method, kind)
+    return [r for r in rows if (r["molecule"], r["count"], r["method"], energies(r)) == key]
+
+
+def unfinished(rows: list[dict[str, Any]], mine: list[dict[str, Any]]) -> bool:
+    """Whether learning rates of the sweep or seeds of the best one are missing."""
+    first = mine[0]
+    every = of(rows, first["molecule"], first["count"], first["method"], energies(first))
+    swept = {r["lr"] for r in every if r["seed"] == min(e["seed"] for e in every)}
+    return len(swept) < len(LRS.split(",")) or len(mine) < len(SEEDS.split(","))
+
+
+def chosen(rows: list[dict[str, Any]], molecule: str, count: int, method: str, kind: str) -> list[dict[str, Any]]:
     """Runs at the learning rate that the first seed's validation frames chose."""
-    mine = [r for r in rows if (r["molecule"], r["count"], r["method"]) == (molecule, count, method)]
+    mine = of(rows, molecule, count, method, kind)
     if not mine:
         return []
     first = min(r["seed"] for r in mine)
@@ -190,21 +242,22 @@ def chosen(rows: list[dict[str, Any]], molecule: str, count: int, method: str) -
     return [r for r in mine if r["lr"] == best]
 
 
-def line(count: int, method: str, mine: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+def line(count: int, method: str, mine: list[dict[str, Any]], base: list[dict[str, Any]], partial: bool) -> str:
     cells = []
     for key in ("mae_e", "mae_e_refit", "mae_f"):
         values = [r["test"][key] for r in mine]
         middle = f"{median(values):.1f}"
         cells.append(middle if len(values) == 1 else f"{middle} ({min(values):.1f}–{max(values):.1f})")
-    ratios = ["–", "–"]
+    ratios = ["–", "–", "–"]
     if base:
         ratios = [
             f"{median(r['test'][k] for r in base) / median(r['test'][k] for r in mine):.2f}"
-            for k in ("mae_e_refit", "mae_f")
+            for k in ("mae_e", "mae_e_refit", "mae_f")
         ]
     fewer = [f for f in (sooner(b, r) for b in base for r in mine if b["seed"] == r["seed"]) if f is not None]
     ratios.append(f"{median(fewer):.1f} ({min(fewer):.1f}–{max(fewer):.1f})" if fewer and method != "scratch" else "–")
-    return f"| {count} | {method} | {mine[0]['lr']:g} | {len(mine)} | " + " | ".join([*cells, *ratios]) + " |"
+    start = f"| {count} | {method} | {energies(mine[0])} | {mine[0]['lr']:g} | {len(mine)}{'*' if partial else ''} | "
+    return start + " | ".join([*cells, *ratios]) + " |"
 
 
 def sooner(base: dict[str, Any], row: dict[str, Any]) -> float | None:

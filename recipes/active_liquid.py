@@ -6,20 +6,21 @@ Purpose:  the data set of the multiscale paper (arXiv 2312.09490) in kind: frame
           or with --scratch four small models that start from nothing.
 Command:  python recipes/active_liquid.py --scale laptop [--scratch]
 Cost:     smoke 10 minutes; laptop 1.5 hours on one core; paper: days, give it workers.
-Writes:   active-liquid/: the packed box, the annealed droplet, labelled start frames, config.yaml, one folder per
-          round, rounds.png, report.md. Stopped, the same command goes on.
+Writes:   active-liquid/: settings.json, the packed box, the annealed droplet, labelled start frames, config.yaml, one
+          folder per round, rounds.png, report.md. Stopped, the same command goes on.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import ase.io
 import typer
@@ -50,6 +51,27 @@ SCALES = {
 def write(path: Path, frames: list[ase.Atoms]) -> None:
     with atomic_path(path) as temporary:
         ase.io.write(temporary, frames, format="extxyz", write_results=False)
+
+
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down what a folder is made with, and refuse to go on with something else.
+
+    Args:
+        folder: of the recipe.
+        settings: scale and sizes.
+
+    Raises:
+        SystemExit: the folder holds runs of other settings.
+    """
+    file, now = folder / "settings.json", json.loads(json.dumps(settings))  # tuples are lists in the file
+    if file.is_file() and (before := json.loads(file.read_text())) != now:
+        changed = [f"{k}: {before.get(k)} before, {now.get(k)} now" for k in now if before.get(k) != now[k]]
+        raise SystemExit(
+            f"--folder: expected a folder of these settings, got {folder} ({'; '.join(changed)}); give the settings "
+            "as before, or another --folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 def start_frames(folder: Path, count: int, molecules: int, workers: int) -> Path:
@@ -117,8 +139,6 @@ def config(folder: Path, sizes: dict[str, int], workers: int, scratch: bool) -> 
 
 def report(folder: Path, scale: str, seconds: float, scratch: bool) -> Path:
     """Rounds as Markdown."""
-    import json
-
     rounds = json.loads((folder / "rounds" / "rounds.json").read_text())
     who = "small models from scratch" if scratch else "LoRA fine-tunings of the embedded base"
     lines = [
@@ -165,7 +185,7 @@ def main(
     sizes, begin = dict(SCALES[scale]), time.time()
     if scratch:
         sizes |= {"start": 4 * sizes["start"], "per_round": 2 * sizes["per_round"], "epochs": 3 * sizes["epochs"] // 2}
-    folder.mkdir(parents=True, exist_ok=True)
+    keep_settings(folder, {"scale": scale, "scratch": scratch, "sizes": sizes})
     start_frames(folder, sizes["start"], sizes["molecules"], workers)
     if not (folder / "base.model").exists():
         subprocess.run([BIN / "equitune", "export-base", folder / "base.model", "--dtype", "float32"], check=True)

@@ -7,7 +7,8 @@ Table:    errors on held-out clusters and on stretched ones; fraction of Langevi
           (collapse: a bond more than 5 Å from equilibrium); radial distribution functions against GFN2-xTB dynamics.
 Command:  python recipes/multiscale_liquid.py --scale laptop [--nequip-bin .venv-nequip/bin]
 Cost:     smoke 15 minutes, laptop about 6 hours on one core, paper: days on a GPU.
-Writes:   multiscale-liquid/: report.md, stability and rdf plots, one folder per model. Stopped, it goes on.
+Writes:   multiscale-liquid/: settings.json, report.md, stability and rdf plots, one folder per model. Stopped, it goes
+          on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import ase.io
 import numpy as np
 import typer
 import yaml
-from active_liquid import SMILES, start_frames, write
+from active_liquid import SMILES, keep_settings, start_frames, write
 
 from mace_lora.atomic import write_text
 from mace_lora.augment import Schedule, cluster, keep_sound, label, sample_md, stretch_bond
@@ -48,7 +49,7 @@ SCALES: dict[str, dict[str, Any]] = {
 
 def make_data(folder: Path, sizes: dict[str, Any], workers: int) -> None:
     """train.xyz, augmented.xyz, valid.xyz, test.xyz and stretched.xyz, all labelled by GFN2-xTB."""
-    if (folder / "stretched.xyz").exists():
+    if (folder / "data.done").is_file():
         return
     frames = ase.io.read(start_frames(folder, sizes["frames"], sizes["molecules"], workers), ":")
     order = np.random.default_rng(0).permutation(len(frames))
@@ -70,6 +71,7 @@ def make_data(folder: Path, sizes: dict[str, Any], workers: int) -> None:
     write(folder / "augmented.xyz", [*plain, *more])
     for name in ("train", "augmented", "valid", "test", "stretched"):
         require_sound(folder / f"{name}.xyz")
+    write_text(folder / "data.done", "")  # last: a stopped run makes what is missing
 
 
 def mace_flags(model: str) -> list[str]:
@@ -237,7 +239,7 @@ def main(
     if nequip_bin is not None and not (nequip_bin / "nequip-train").is_file():
         raise SystemExit(f"--nequip-bin: no nequip-train in {nequip_bin}")
     sizes = SCALES[scale]
-    folder.mkdir(parents=True, exist_ok=True)
+    keep_settings(folder, {"scale": scale, "sizes": sizes})
     make_data(folder, sizes, workers)
     files, rows = {}, []
     for model in sizes["models"]:

@@ -9,9 +9,9 @@ Command:  python recipes/t_painn_qm9.py prepare --molecules QM9.xyz --scale lapt
           python recipes/t_painn_qm9.py run --model mace         # or nequip, painn, in their environment
           python recipes/t_painn_qm9.py table
 Data:     geometries of molecules in any format of ASE, e.g. QM9's (doi 10.6084/m9.figshare.c.978904); H C N O.
-Cost:     laptop on one CPU thread: prepare 20 minutes, run 3 hours a seed; smoke: 6 minutes in all.
+Cost:     laptop on one CPU thread: prepare 25 minutes, run 3 hours a seed; smoke: 6 minutes in all.
 Writes:   t-painn-qm9/: classical.xyz, quantum.xyz, one folder per model and seed, report.md, curves.png. Stopped, every
-          command goes on.
+          command goes on; settings.json keeps a folder to one scale and one pair of methods.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import yaml
 from mace_lora.atomic import atomic_path, write_text
 from mace_lora.augment import Schedule, keep_sound, label, rattle, sample_md
 from mace_lora.augment.perturb import bare
+from mace_lora.autotune.advice import with_labels
 from mace_lora.lora.energies import solve_offsets
 
 # molecules, frames of dynamics and rattled copies of each, quantum frames and test frames, numbers of labels,
@@ -43,7 +44,7 @@ SCALES = {
         "molecules": 40, "md": 6, "rattle": 4, "quantum": 80, "test": 30, "counts": [25], "pretrain": 2, "steps": 60,
     },
     "laptop": {
-        "molecules": 1000, "md": 12, "rattle": 9, "quantum": 1600, "test": 400, "counts": [25, 50, 100, 400],
+        "molecules": 1000, "md": 15, "rattle": 10, "quantum": 1600, "test": 400, "counts": [25, 50, 100, 400],
         "pretrain": 10, "steps": 2000,
     },
     "paper": {
@@ -68,6 +69,18 @@ def write(path: Path, frames: list[ase.Atoms]) -> Path:
     return path
 
 
+def claim(folder: Path, settings: dict[str, str]) -> None:
+    """Keep a folder to its first settings."""
+    file = folder / "settings.json"
+    before = json.loads(file.read_text()) if file.is_file() else settings
+    changed = [f"{k}: {before.get(k)!r} before, {v!r} now" for k, v in settings.items() if before.get(k) != v]
+    if changed:
+        raise typer.BadParameter(
+            f"{folder} has other settings ({'; '.join(changed)}); give those, or another folder", param_hint="--folder"
+        )
+    write_text(file, json.dumps(settings) + "\n")
+
+
 @app.command()
 def prepare(
     molecules: Annotated[Path, typer.Option(help="geometries, any format ASE reads")],
@@ -80,8 +93,10 @@ def prepare(
     folder: Folder = Path("t-painn-qm9"),
 ) -> None:
     """Sample conformations with the classical potential; label them by it, and others by the quantum method."""
+    if scale not in SCALES:
+        raise typer.BadParameter(f"expected one of {', '.join(SCALES)}, got {scale!r}", param_hint="--scale")
     sizes: dict[str, Any] = SCALES[scale]
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, {"scale": scale, "classical": classical, "quantum": quantum})
     starts = [bare(a) for a in ase.io.read(molecules, ":") if {*a.get_chemical_symbols()} <= {*"HCNO"}]
     for atoms in starts:
         atoms.set_cell(None)
@@ -100,14 +115,11 @@ def prepare(
     many += keep_sound(rattle(a, 0.08, rng) for a in starts for _ in range(sizes["rattle"]))
     label(write(folder / "many.xyz", many), folder / "classical.xyz", classical, workers=workers)
     if Path(quantum).is_file():
-        write(folder / "quantum.xyz", ase.io.read(quantum, ":"))
+        write(folder / "quantum.xyz", with_labels(ase.io.read(quantum, ":")))  # standard labels too
     else:
         label(write(folder / "few.xyz", few), folder / "quantum.xyz", quantum, workers=workers)
     for name in ("classical", "quantum"):
         print(f"{name}: {len(ase.io.read(folder / f'{name}.xyz', ':'))} frames")
-    write_text(
-        folder / "settings.json", json.dumps({"scale": scale, "classical": classical, "quantum": quantum}) + "\n"
-    )
     print(f"written: {folder / 'classical.xyz'}, {folder / 'quantum.xyz'}")
 
 

@@ -9,7 +9,8 @@ Command:  python recipes/t_painn_water.py train --data WATER.xyz --scale laptop
           python recipes/t_painn_water.py dynamics --data WATER.xyz --scale laptop
 Data:     periodic DFT frames of water with energy and forces (eV, eV/Å), e.g. PBE0-TS of DeePMD-kit's example.
 Cost:     one CPU thread: laptop train 3 hours a seed, dynamics 4 hours; smoke 15 minutes in all.
-Writes:   t-painn-water/: classical.xyz, one folder per seed, report.md, dynamics.md, rdf.png. Stopped, both go on.
+Writes:   t-painn-water/: classical.xyz, one folder per seed, report.md, dynamics.md, rdf.png. Stopped, both go on, but
+          an unfinished density (NPT) starts anew; settings.json keeps a folder to one scale and classical model.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from mace_lora.atomic import atomic_path, write_text
 from mace_lora.augment import Schedule, label, molecule, open_labeler, pack, sample_md
 from mace_lora.augment.dynamics import thermalize_momenta
 from mace_lora.augment.perturb import bare
+from mace_lora.autotune.advice import with_labels
 from mace_lora.evaluate.structure import radial_distribution, rdf_distance
 
 # classical frames of each temperature, test frames, numbers of labels, epochs of pre-training, steps after; ps
@@ -66,12 +68,26 @@ def write(path: Path, frames: list[ase.Atoms]) -> Path:
     return path
 
 
+def claim(folder: Path, scale: str, classical: str) -> dict[str, Any]:
+    """Sizes of a scale; a folder is kept to its first one, and to its classical model."""
+    if scale not in SCALES:
+        raise typer.BadParameter(f"expected {SCALE_HELP}, got {scale!r}", param_hint="--scale")
+    file, settings = folder / "settings.json", {"scale": scale, "classical": classical}
+    before = json.loads(file.read_text()) if file.is_file() else settings
+    changed = [f"{k}: {before.get(k)!r} before, {v!r} now" for k, v in settings.items() if before.get(k) != v]
+    if changed:
+        raise typer.BadParameter(
+            f"{folder} has other settings ({'; '.join(changed)}); give those, or another folder", param_hint="--folder"
+        )
+    write_text(file, json.dumps(settings) + "\n")
+    return dict(SCALES[scale])
+
+
 def quantum_frames(data: Path) -> list[ase.Atoms]:
-    out = []
-    for atoms in ase.io.read(data, ":"):
-        frame = ase.Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
-        frame.info["REF_energy"], frame.arrays["REF_forces"] = atoms.get_potential_energy(), atoms.get_forces()
-        out.append(frame)
+    """Periodic frames with labels under our keys, whether they are standard ones or ours already."""
+    out = with_labels(ase.io.read(data, ":"))
+    for frame in out:
+        frame.pbc = True
     return out
 
 
@@ -83,8 +99,7 @@ def train(
     folder: Folder = Path("t-painn-water"),
 ) -> None:  # fmt: skip
     """Classical frames and labels, then both trainings for every number of labels."""
-    sizes: dict[str, Any] = SCALES[scale]
-    folder.mkdir(parents=True, exist_ok=True)
+    sizes = claim(folder, scale, classical)
     if not (folder / "md.xyz").exists():
         boxes = [pack([molecule("O")], [64], density, seed=k) for k, density in enumerate((0.95, 1.0, 1.05))]
         schedules = [Schedule(t, t, sizes["frames"], 20.0, 0.5, 0.05, 1000.0) for t in (280.0, 330.0, 400.0)]
@@ -192,7 +207,7 @@ def dynamics(
     seed: Annotated[int, typer.Option(help="of the models")] = 0, folder: Folder = Path("t-painn-water"),
 ) -> None:  # fmt: skip
     """NVT and NPT dynamics of 64 molecules with both models and the classical one."""
-    sizes: dict[str, Any] = SCALES[scale]
+    sizes = claim(folder, scale, classical)
     count = count or max(sizes["counts"])
     fits = json.loads((folder / f"s{seed}" / f"n{count}.json").read_text())["fits"]
     models = {

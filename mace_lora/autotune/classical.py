@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import copy
 import json
 import os
-import subprocess
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
-from mace_lora.atomic import write_text
+import torch
+
+from mace_lora.atomic import content_digest, write_text
 from mace_lora.mace_plugin.protocol import SettingsError
 
-__all__ = ["STAGE", "become_classical", "classical_stage", "multiscale_sizes"]
+from .child import run_child
+
+__all__ = ["STAGE", "become_classical", "classical_model", "classical_stage", "fingerprint", "multiscale_sizes"]
 
 STAGE = "EQUITUNE_AUTOTUNE_STAGE"
 # of the quantum stage alone: the classical stage is a plain training of the same architecture
-_QUANTUM_ONLY = {
-    "lora": False, "freeze": None, "test_file": None, "multiheads_finetuning": False, "swa": False,
-    "multiscale_freeze_short": None, "foundation_model_elements": False, "eval_interval": None,
-    "start_swa": None,
-}  # fmt: skip
+_QUANTUM_ONLY = {"lora": False, "multiheads_finetuning": False, "swa": False}
+_DEFAULT_INSTEAD = (
+    "freeze", "lr_params_factors", "test_file", "test_dir", "statistics_file", "atomic_numbers", "mean", "std",
+    "multiscale_freeze_short", "foundation_model_elements", "foundation_head", "foundation_model_kwargs",
+    "foundation_filter_elements", "foundation_model_readout", "pt_train_file", "pt_valid_file", "pseudolabel_replay",
+    "start_swa", "skip_evaluate_heads",
+)  # fmt: skip
+# of no consequence for the model of stage one: names, places, hardware, reports, what stage two has for itself
+_IGNORED = (
+    "name", "config", "work_dir", "device", "num_workers", "pin_memory", "log_level", "distributed", "launcher",
+    "restart_latest", "error_table", "keep_checkpoints", "save_all_checkpoints", "save_cpu", "eval_interval",
+    "enable_cueq", "only_cueq", "enable_oeq", "dry_run", "multi_processed_test", "num_samples_pt", "subselect_pt",
+    "filter_type_pt", "force_mh_ft_lr", "valid_batch_size", "train_file", "valid_file",
+)  # fmt: skip
+_IGNORED_KINDS = (
+    "autotune_", "lora_", "plot", "wandb", "swa_", "foundation_", "pt_", "weight_pt", "real_pt", "disallow_random",
+    "pseudolabel",
+)  # fmt: skip
+_FLAGS = {"max_num_epochs": "autotune_epochs", "lr": "autotune_lr", "E0s": "autotune_E0s"}
 
 
 def become_classical(args: argparse.Namespace) -> None:
     """Change the arguments of this process, which runs stage one, to those of the classical training."""
+    from mace.tools.arg_parser import build_default_arg_parser
+
     args.train_file = args.autotune_train_file
     args.valid_file = args.autotune_valid_file
     args.valid_fraction = 0.05
@@ -38,36 +58,55 @@ def become_classical(args: argparse.Namespace) -> None:
     args.E0s = args.autotune_E0s or "average"
     args.restart_latest = True
     for name, value in _QUANTUM_ONLY.items():
+        setattr(args, name, value)
+    defaults = build_default_arg_parser()
+    for name in _DEFAULT_INSTEAD:
         if hasattr(args, name):
-            setattr(args, name, value)
+            setattr(args, name, defaults.get_default(name))
     args.eval_interval = max(1, args.max_num_epochs // 50)
     for name in vars(args):
         if name.startswith("lora_") and name not in ("lora_backend",):
             setattr(args, name, None)
 
 
+def classical_model(args: argparse.Namespace) -> Path:
+    """Where stage one leaves its model."""
+    return Path(args.model_dir) / f"{args.name}_classical.model"
+
+
 def classical_stage(args: argparse.Namespace) -> Path:
-    """Run stage one unless its model is there; returns the model's file."""
-    model = Path(args.model_dir) / f"{args.name}_classical.model"
+    """Run stage one unless its model is there.
+
+    Returns:
+        the model's file.
+
+    Raises:
+        SettingsError: it was made with other settings, files are left of one that is unknown, it fails, or its
+            weights are not finite.
+    """
+    model = classical_model(args)
     record = Path(args.checkpoints_dir) / f"{args.name}_classical.json"
-    wanted = _fingerprint(args)
-    if record.is_file() and json.loads(record.read_text()) != wanted:
+    wanted, left = fingerprint(args), _left(args)
+    if record.is_file() and left:
+        _compare(args, json.loads(record.read_text()), wanted, [record, *left])
+    elif left:
         raise SettingsError(
-            f"--name {args.name}: its classical stage was made with other data or settings ({record}); choose another "
-            "--name or --work_dir, or remove it"
+            f"--name {args.name}: files of a classical stage are left whose settings are unknown, since {record} is "
+            f"missing; choose another --name or --work_dir, or remove {_list(left)}"
         )
-    if model.is_file() and record.is_file():
+    if model.is_file() and _is_whole(model, [record, *left]):
         _say(f"stage one is there: {model}")
         return model
     record.parent.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps(wanted) + "\n")
     _say(f"stage one: training on the classical labels of {args.autotune_train_file}")
     program = [sys.executable, "-c", "from mace_lora.cli import main; main()", "run", "mace_run_train"]
-    done = subprocess.run([*program, *sys.argv[1:]], env=os.environ | {STAGE: "classical"}, check=False)
-    if done.returncode or not model.is_file():
+    code = run_child([*program, *sys.argv[1:]], env=os.environ | {STAGE: "classical"})
+    if code or not model.is_file():
         raise SettingsError(
             "--autotune_train_file: the classical stage failed (its messages are above); the same command continues it"
         )
+    _is_whole(model, [record, *_left(args)])
     _say("stage two: fine-tuning on the quantum labels")
     return model
 
@@ -76,30 +115,76 @@ def _say(text: str) -> None:
     print(f"equitune: autotune: {text}", flush=True)  # upstream's log is not open yet
 
 
-def _fingerprint(args: argparse.Namespace) -> dict[str, Any]:
-    """What stage one depends on."""
-    with Path(args.autotune_train_file).open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    shape = (
-        "model",
-        "hidden_irreps",
-        "r_max",
-        "num_interactions",
-        "correlation",
-        "max_ell",
-        "num_radial_basis",
-        "seed",
-    )
-    more = (
-        "loss", "energy_weight", "forces_weight", "energy_key", "forces_key", "batch_size", "radial_MLP", "MLP_irreps",
-        "interaction", "interaction_first", "num_cutoff_basis", "pair_repulsion", "distance_transform", "radial_type",
-        "default_dtype", "autotune_E0s", "autotune_valid_file", "ema", "scheduler",
-    )  # fmt: skip
-    return {
-        "file": digest, "epochs": args.autotune_epochs or args.max_num_epochs, "lr": args.autotune_lr,
-        "seed": args.seed,
-        **{name: str(getattr(args, name)) for name in (*shape, *more, *multiscale_sizes(args))},
-    }  # fmt: skip
+def _left(args: argparse.Namespace) -> list[Path]:
+    """Files of a stage one of this name; many checkpoints as one pattern."""
+    folder = Path(args.checkpoints_dir) / "classical"
+    models = [classical_model(args), Path(args.model_dir) / f"{args.name}_classical_compiled.model"]
+    pattern = f"{args.name}_run-*"
+    found = any(p.suffix in (".pt", ".model") for p in folder.glob(pattern))
+    return [*(m for m in models if m.is_file()), *([folder / pattern] if found else [])]
+
+
+def _list(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+def _is_whole(path: Path, files: list[Path]) -> bool:
+    """Whether a model file can be read, which upstream does not write in one step.
+
+    Raises:
+        SettingsError: it has weights that are not finite.
+    """
+    from mace_lora.mace_plugin.base_model import load_model
+
+    try:
+        model = load_model(path)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        _say(f"{path} cannot be read, as after a kill; its last checkpoint is continued")
+        return False
+    bad = [n for n, t in model.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise SettingsError(
+            f"--autotune_train_file: the classical stage has diverged: expected finite weights in {path}, got NaN or "
+            f"infinity in {', '.join(bad[:3])}; check the classical labels, lower --autotune_lr, and remove "
+            f"{_list(files)}"
+        )
+    return True
+
+
+def fingerprint(args: argparse.Namespace) -> dict[str, str]:
+    """What stage one depends on: its arguments, and the content of its files."""
+    mine = copy.copy(args)
+    become_classical(mine)
+    out = {}
+    for name, value in sorted(vars(mine).items()):
+        if name in _IGNORED or name.endswith("_dir") or name.startswith(_IGNORED_KINDS):
+            continue
+        text = str(value)
+        out[name] = content_digest(text) if os.path.isfile(text) else text  # noqa: PTH113 (long texts)
+    for name in ("autotune_train_file", "autotune_valid_file"):
+        value = getattr(args, name)
+        out[name] = "None" if value is None else content_digest(value)
+    return out
+
+
+def _compare(args: argparse.Namespace, saved: dict[str, Any], wanted: dict[str, str], files: list[Path]) -> None:
+    """Refuse a stage one of other settings; what only one version of this program knows is left out.
+
+    Raises:
+        SettingsError: what differs, and what to remove.
+    """
+    keys = {k for k in wanted if k in saved} | {"autotune_train_file"}
+    if classical_model(args).is_file() and args.autotune_epochs is None:
+        keys.discard("max_num_epochs")  # a longer stage two does not ask for a longer stage one
+    changed = [
+        f"--{_FLAGS.get(k, k)}: {saved.get(k, 'unknown')} before, {wanted[k]} now"
+        for k in sorted(keys) if saved.get(k) != wanted[k]
+    ]  # fmt: skip
+    if changed:
+        raise SettingsError(
+            f"--name {args.name}: its classical stage was made with other data or settings ({'; '.join(changed)}); "
+            f"give those, choose another --name or --work_dir, or remove {_list(files)} to train it anew"
+        )
 
 
 def multiscale_sizes(args: argparse.Namespace) -> list[str]:

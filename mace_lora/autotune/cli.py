@@ -39,12 +39,13 @@ def transfer_check(
     from mace_lora.augment.labelers import open_labeler
     from mace_lora.augment.labelling import iter_frames
 
-    from .advice import advice, agreement
+    from .advice import advice, agreement, with_labels
     from .pilot import pilot as run_pilot
 
     if count < 1:
         raise ValueError(f"--count: expected at least 1, got {count}")
-    found = list(iter_frames(frames))
+    found = with_labels(list(iter_frames(frames)), energy_key, forces_key)
+    available = len(found)
     found = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))]
 
     def bar(items: Any) -> Any:
@@ -57,9 +58,10 @@ def transfer_check(
             found, with_, pilot, energy_key=energy_key, forces_key=forces_key, workers=workers,
             say=lambda line: Console(stderr=True).print(line, highlight=False),
         )  # fmt: skip
+    text = advice(result, available, None if trial is None else trial.gain)
     if as_json:
         more = {} if trial is None else {"pilot": asdict(trial) | {"gain": trial.gain}}
-        print_json(asdict(result) | {"advice": advice(result)} | more)
+        print_json(asdict(result) | {"available": available, "advice": text} | more)
         return
     table = Table("element", "force correlation", "slope (quantum / classical)")
     for symbol, (correlation, slope) in {"all": (result.correlation, result.slope), **result.elements}.items():
@@ -70,7 +72,7 @@ def transfer_check(
         f"{result.energy_rest:.1f} meV/atom ({result.frames} frames)",
         highlight=False,
     )
-    console.print(advice(result), highlight=False)
+    console.print(text, highlight=False)
     if trial is not None:
         console.print(trial.text(), highlight=False)
         console.print(f"written: {pilot}", highlight=False)

@@ -17,6 +17,7 @@ from mace_lora.mace_plugin.protocol import Run
 __all__ = ["Alignment", "align", "refit_references"]
 
 _FRAMES = 100
+_NOTICEABLE = 50.0  # meV/atom: a mean residual that the network would have to learn
 _RATIOS, _CORRELATION = (1 / 3, 3.0), 0.3  # beyond these the levels have nothing in common that a scale could mend
 
 
@@ -29,6 +30,7 @@ class Alignment:
         offsets: change of the energy references by atomic number, eV.
         correlation, slope: of quantum against classical forces.
         scale: what the energy scale was multiplied by; 1 where it was left alone.
+        shift: what was added to the energy of every atom, eV.
     """
 
     before: float
@@ -37,10 +39,13 @@ class Alignment:
     correlation: float
     slope: float
     scale: float
+    shift: float = 0.0
 
 
 @torch.no_grad()
-def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) -> Alignment:
+def align(
+    run: Run, model: nn.Module, refit: bool = True, rescale: bool = True, move_shift: bool = False
+) -> Alignment:  # fmt: skip
     """Fit scale and energy references of a model from another level of theory to the training frames, in place.
 
     Args:
@@ -51,6 +56,9 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
         rescale: in a model of one head, multiply the energy scale by the ratio of the root mean square forces, label
             to model. (The slope would do the same for perfectly correlated levels, and shrink the model where they
             are not.)
+        move_shift: where the references stay, add the mean residual per atom to the shift of the interaction energy.
+            An isolated atom has the energy of its reference plus the shift: right for ScaleShiftMACE, whose shift
+            upstream sets so; MACE's is zero, so that isolated atoms have their references exactly.
 
     Returns:
         what was done; it is logged too.
@@ -69,7 +77,9 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
     before = _rms(table.residual / atoms)
     energies: Any = model.atomic_energies_fn.atomic_energies  # type: ignore[union-attr]
     old = energies.view(-1, energies.shape[-1])[-1].clone()
-    after = _rms((shift(energies, table) if refit else table.residual) / atoms)
+    moved = 0.0 if refit or not move_shift else _move_shift(model, table)
+    left = shift(energies, table) if refit else table.residual - moved * atoms * (table.head == table.head.max())
+    after = _rms(left / atoms)
     total = (energies.view(-1, energies.shape[-1])[-1] - old).double().cpu().numpy()
     zs = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr, arg-type]
     logging.info(
@@ -80,7 +90,38 @@ def align(run: Run, model: nn.Module, refit: bool = True, rescale: bool = True) 
         "equitune: autotune: energy residual on %d frames %.2f meV/atom before, %.2f after%s", len(atoms), before,
         after, " refitting the energy references" if refit else "; the references are those that were asked for",
     )  # fmt: skip
-    return Alignment(before, after, dict(zip(zs, total.tolist(), strict=True)), correlation, slope, scale)
+    if not refit and not move_shift:
+        _warn(table, adapted=bool(run.args.lora))
+    return Alignment(before, after, dict(zip(zs, total.tolist(), strict=True)), correlation, slope, scale, moved)
+
+
+def _mean(table: evaluation.EnergyTable) -> float:
+    """Mean residual per atom of the last head, which is the new level's; eV."""
+    mine = table.head == table.head.max()
+    return float(np.mean(table.residual[mine] / table.counts[mine].sum(1)))
+
+
+def _move_shift(model: nn.Module, table: evaluation.EnergyTable) -> float:
+    """Add the mean residual to the shift of the new level; returns it."""
+    mean = _mean(table)
+    shifts: torch.Tensor = model.scale_shift.shift.view(-1)  # type: ignore[operator, union-attr, assignment]
+    before = float(shifts[-1])
+    shifts[-1] += mean
+    logging.info(
+        "equitune: autotune: shift of the interaction energy %.4f eV/atom before, %.4f after", before, float(shifts[-1])
+    )
+    return mean
+
+
+def _warn(table: evaluation.EnergyTable, adapted: bool) -> None:
+    """What references of isolated atoms leave to the network, unless an adapter's own refit takes it away."""
+    mean = 1e3 * _mean(table)
+    if abs(mean) > _NOTICEABLE and not adapted:
+        logging.warning(
+            "equitune: autotune: the mean energy residual of %.0f meV/atom must be unlearnt, since the references are "
+            "isolated atoms and this model gives isolated atoms their references; give the classical stage isolated "
+            "atoms of its own method (--autotune_E0s), or fit the references (--E0s=average)", mean,
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -10,20 +10,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
-import ase
-import ase.io
-import numpy as np
 import torch
 from torch import nn
 
-from mace_lora.lora.mace_args import refuse_unused
-from mace_lora.mace_plugin import checkpoints, labels
+from mace_lora.atomic import content_digest
+from mace_lora.mace_plugin import checkpoints
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
-from .classical import STAGE, become_classical, classical_stage, multiscale_sizes
+from .checks import check_data, check_settings
+from .classical import STAGE, become_classical, classical_model, classical_stage, multiscale_sizes
 from .handover import align, refit_references
 from .schedule import Unfreezing, layerwise
 
@@ -95,31 +92,39 @@ class AutotunePlugin(TrainPlugin):
             run.state["tag"] = run.tag  # upstream has named its files already
             become_classical(args)
             return
-        _refuse(args)
-        few = check_levels(Path(args.autotune_train_file), Path(args.train_file), args)
-        run.state["autotune"] = True
-        run.state["autotune_isolated"] = any(a.info.get("config_type") == "IsolatedAtom" for a in few)
-        if args.E0s is None and not run.state["autotune_isolated"]:
-            raise SettingsError(
-                "--E0s: expected the energy references of the quantum labels: average, estimated, isolated-atom "
-                "energies or IsolatedAtom frames in --train_file"
-            )
-        refuse_unused(args)  # before hours of stage one
+        check_settings(args)  # everything that is known at once is said before hours of stage one
+        run.state["autotune"], run.state["autotune_isolated"] = True, check_data(args)
         checkpoints.check_restart(run)
         _check_schedule(run)
+        saved = run.state.get("checkpoint_plugins", {}).get("autotune") or {}
+        if "classical" in saved and not classical_model(args).is_file():
+            raise SettingsError(
+                f"--restart_latest: {run.state['checkpoint']} started from a classical model that is gone: expected "
+                f"{classical_model(args)}; put it back, or choose another --name or --work_dir"
+            )
         model = classical_stage(args)
+        digest = run.state["autotune_classical"] = content_digest(model)
+        if saved.get("classical", digest) != digest:
+            raise SettingsError(
+                f"--restart_latest: {run.state['checkpoint']} started from another classical model than {model} is "
+                "now; remove the checkpoints of stage two to start it anew, or choose another --name or --work_dir"
+            )
         args.foundation_model = str(model)
         args.multiheads_finetuning = bool(args.multiheads_finetuning and args.pt_train_file)
         for name in multiscale_sizes(args):
             setattr(args, name, None)  # the classical model brings them
+        # the shift of this model alone is the mean interaction energy of the training frames, upstream's own choice
+        run.state["autotune_shift"] = args.model == "ScaleShiftMACE" and not args.lora
 
     def after_model(self, run: Run, model: nn.Module) -> nn.Module:
         if run.state.get("autotune"):
             model = model.to(torch.device(run.args.device))  # upstream leaves buffers behind on the CPU
-            fitted = run.args.E0s in ("average", "estimated") and not run.state["autotune_isolated"]
-            # an adapter is put on the classical model as its file has it, so the scale must stay
-            run.state["autotune_refit"] = fitted and not run.args.lora and run.args.autotune_refit_E0s
-            align(run, model, refit=fitted, rescale=run.args.autotune_rescale and not run.args.lora)
+            known = str(run.args.E0s).lower() in ("average", "estimated")
+            fitted = known and not run.state["autotune_isolated"]
+            # an adapter is put on the classical model as its file has it, so scale and shift must stay
+            run.state["autotune_refit"] = fitted and not run.args.lora and run.args.autotune_refit_E0s is not False
+            rescale = run.args.autotune_rescale is not False and not run.args.lora
+            align(run, model, refit=fitted, rescale=rescale, move_shift=run.state["autotune_shift"] and not fitted)
         return model
 
     def change_groups(self, run: Run, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,7 +148,7 @@ class AutotunePlugin(TrainPlugin):
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> dict[str, Any]:
         if run.state.get("autotune_refit"):
             refit_references(run, model)
-        return _schedule(run.args)
+        return _schedule(run.args) | {"classical": run.state.get("autotune_classical")}
 
 
 def _schedule(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,70 +164,3 @@ def _check_schedule(run: Run) -> None:
                 f"--{name}: expected {saved[name]} as in the checkpoint that is continued, got {value}; give it again, "
                 "or choose another --name"
             )
-
-
-def _refuse(args: argparse.Namespace) -> None:
-    """Settings that contradict two stages."""
-    if args.foundation_model is not None:
-        raise SettingsError(
-            "--foundation_model: autotuning makes its own from --autotune_train_file; drop one of the two flags"
-        )
-    if args.distributed:
-        raise SettingsError("--distributed: not with --autotune_train_file; run the two stages one after the other")
-    if args.heads is not None:
-        raise SettingsError("--heads: not with --autotune_train_file; run the two stages one after the other")
-    if not isinstance(args.train_file, str):
-        raise SettingsError(f"--train_file: expected one file with --autotune_train_file, got {args.train_file!r}")
-    for flag in ("autotune_train_file", "autotune_valid_file"):
-        value = getattr(args, flag)
-        if value is not None and not Path(value).is_file():
-            raise SettingsError(f"--{flag}: no file {value}")
-    for flag, least in (("autotune_epochs", 1), ("autotune_lr", 0.0)):
-        value = getattr(args, flag)
-        if value is not None and value <= (least - 1 if flag == "autotune_epochs" else 0.0):
-            raise SettingsError(f"--{flag}: expected more than 0, got {value}")
-    if args.autotune_lr_decay is not None and not 0 < args.autotune_lr_decay <= 1:
-        raise SettingsError(f"--autotune_lr_decay: expected a factor above 0 and up to 1, got {args.autotune_lr_decay}")
-    if args.autotune_unfreeze is not None and args.autotune_unfreeze < 1:
-        raise SettingsError(f"--autotune_unfreeze: expected at least 1 epoch, got {args.autotune_unfreeze}")
-    if args.autotune_unfreeze is not None and args.lbfgs:
-        raise SettingsError("--autotune_unfreeze: not with --lbfgs, which takes all weights as one")
-    for name in ("autotune_rescale", "autotune_refit_E0s"):
-        if getattr(args, name) is None:
-            setattr(args, name, True)
-
-
-def check_levels(classical: Path, quantum: Path, args: argparse.Namespace) -> list[ase.Atoms]:
-    """The two files must be what they are said to be.
-
-    Returns:
-        the quantum frames.
-
-    Raises:
-        SettingsError: the quantum file has elements that the classical one lacks, or the labels of equal frames are
-            equal, so that one of the files is the other.
-    """
-    few, many = ase.io.read(quantum, ":"), ase.io.read(classical, ":")
-    missing = sorted(
-        {s for a in few for s in a.get_chemical_symbols()} - {s for a in many for s in a.get_chemical_symbols()}
-    )
-    if missing:
-        raise SettingsError(
-            f"--autotune_train_file: {classical} has no {', '.join(missing)}, which --train_file has; add classical "
-            "frames with these elements"
-        )
-    places = {_place(a): a for a in many}
-    for index, atoms in enumerate(few):
-        twin = places.get(_place(atoms))
-        pair = [labels.label_of(a, "energy", args.energy_key) for a in (atoms, twin)] if twin is not None else []
-        if pair and None not in pair and np.isclose(float(pair[0]), float(pair[1]), rtol=0, atol=1e-6):
-            raise SettingsError(
-                f"--train_file: frame {index} of {quantum} has the same geometry and the same energy "
-                f"({float(pair[0]):.6f} eV) as one of {classical}: classical labels were given as quantum ones, or the "
-                "files were mixed up"
-            )
-    return few
-
-
-def _place(atoms: ase.Atoms) -> bytes:
-    return atoms.numbers.tobytes() + np.round(atoms.positions, 5).tobytes()

@@ -18,6 +18,8 @@ from mace_lora.augment.perturb import bare
 from mace_lora.evaluate.metrics import Errors, errors, predict
 from mace_lora.mace_plugin.launch import train
 
+from .advice import with_labels
+
 __all__ = ["Pilot", "pilot"]
 
 _STARTS = 4
@@ -83,6 +85,7 @@ def pilot(
     Raises:
         ValueError: too few frames, a potential or a training that fails, or a folder of another pilot.
     """
+    frames = with_labels(frames, energy_key, forces_key)
     if len(frames) < 6:
         raise ValueError(f"frames: expected at least 6 for a pilot, got {len(frames)}")
     open_labeler(with_)

@@ -10,7 +10,6 @@ from typing import Any
 import ase
 import ase.io
 import numpy as np
-from e3nn import o3
 
 from mace_lora.augment import open_labeler
 from mace_lora.mace_plugin.launch import check_flags
@@ -77,6 +76,9 @@ def _check(flags: dict[str, Any], given: dict[str, Any], where: str, plugins: tu
     args = check_flags(flags, where, plugins)
     if args.swa:
         raise ValueError(f"{where}: swa: the model of the second stage would not be used; leave it out")
+    import mace  # noqa: F401  before e3nn: it sets the environment that e3nn 0.4.4 needs
+    from e3nn import o3
+
     for key in ("hidden_irreps", "MLP_irreps"):
         if key in given:
             try:

@@ -90,10 +90,8 @@ def _chosen(path: Path, index: str) -> list[Any]:
         raise ValueError(f"--index: expected a number or a slice such as 0:100 or ::10, got {index!r}")
     try:
         found = ase.io.read(path, index)
-    except IndexError as err:
+    except (IndexError, StopIteration) as err:
         raise ValueError(f"--index: {path} has no frame {index}") from err
-    except (ValueError, OSError):
-        raise
     except Exception as err:  # ASE's readers raise whatever their parsing runs into
         raise ValueError(f"{path}: cannot be read as structures ({type(err).__name__}: {err})") from err
     return found if isinstance(found, list) else [found]

@@ -99,9 +99,9 @@ class LoraPlugin(TrainPlugin):
             except (ValueError, FileNotFoundError) as err:
                 raise SettingsError(f"--lora_init_adapter: {err}") from err
         labels.check_files(args)
-        _check_adapter_folder(run)
 
     def before_model(self, run: Run) -> None:
+        _check_adapter_folder(run)
         foundation = run.foundation
         if foundation is None:
             raise SettingsError("--lora: expected a base model, got none; give --foundation_model")

@@ -173,16 +173,11 @@ def load_base(stem: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     """
     import mace  # noqa: F401  before e3nn: it sets the environment that e3nn 0.4.4 needs
     from mace import modules
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _readable(stem):
         content = json.loads(Path(f"{os.fspath(stem)}.json").read_text(encoding="utf-8"))
         state = load_file(f"{os.fspath(stem)}.safetensors")
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as err:
-        raise ValueError(
-            f"{os.fspath(stem)}.json and .safetensors: damaged ({err}); restore or convert them again"
-        ) from err
     if not isinstance(content, dict) or "config" not in content:
         raise ValueError(f"{os.fspath(stem)}.json: expected a base of equitune convert-model, got no key 'config'")
     check_convention(content.get("e3nn", {}), os.fspath(stem))
@@ -231,10 +226,20 @@ def load_model(source: str | os.PathLike[str], dtype: torch.dtype | None = None)
     return model if dtype is None else model.to(dtype)
 
 
+@contextmanager
+def _readable(stem: str | os.PathLike[str]) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as err:
+        raise ValueError(f"{os.fspath(stem)}.json or .safetensors is damaged ({err}); convert the model again") from err
+
+
 def _stored_dtype(stem: Path) -> torch.dtype:
     from safetensors import safe_open
 
-    with safe_open(f"{stem}.safetensors", framework="pt") as handle:
+    with _readable(stem), safe_open(f"{stem}.safetensors", framework="pt") as handle:
         tensors = (handle.get_tensor(key) for key in handle.keys())  # noqa: SIM118
         return next(t.dtype for t in tensors if t.is_floating_point())
 

@@ -127,6 +127,7 @@ def patch_model_script_utils(module: ModuleType) -> None:
         run.foundation, run.heads = bound.get("model_foundation"), list(bound.get("heads") or [])
         run.E0s = bound.get("atomic_energies")
         run.elements = [int(z) for z in bound["z_table"].zs]
+        run.state["head_configs"] = list(bound.get("head_configs") or [])
         for plugin in run.plugins:
             _or_exit(plugin.check_foundation, run)
         active = run.active()  # before_model may change what enabled() looks at, for upstream's sake
@@ -194,7 +195,14 @@ def patch_scripts_utils(module: ModuleType) -> None:
             model = copy.deepcopy(model)
             for plugin in run.active():
                 model = plugin.before_save(run, model)
-        return original(model)
+        config = original(model)
+        if current_run() is None and "error" in config and hasattr(model, "r_short"):
+            # upstream's callers take the message for the config
+            raise ValueError(
+                f"{type(model).__name__}: MACE rebuilds a model for compile_mode, enable_cueq and enable_oeq from the "
+                "config of a stock model, which this is not; leave these options out"
+            )
+        return config
 
 
 def patch_train(module: ModuleType) -> None:

@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 from e3nn import o3
+from mace.modules import interaction_classes
 
 from mace_lora.mace_plugin.model_parts import LinearReadoutBlock, ScaleShiftMACE
 
 from .model import MultiScaleMACE, last_linear
 
 __all__ = ["LongPath", "build_long", "to_multiscale", "zero_long"]
+
+
+# first blocks of the same kind in which a lone atom has no message and no residual
+_WITHOUT_RESIDUAL = {
+    "RealAgnosticResidualInteractionBlock": "RealAgnosticInteractionBlock",
+    "RealAgnosticAttResidualInteractionBlock": "RealAgnosticInteractionBlock",
+    "RealAgnosticDensityResidualInteractionBlock": "RealAgnosticDensityInteractionBlock",
+    "RealAgnosticResidualNonLinearInteractionBlock": "RealAgnosticDensityInteractionBlock",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class LongPath:
 def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_neighbors: float) -> ScaleShiftMACE:
     """A small stock MACE with the elements, heads and layers of another, on long edges.
 
+    Its first block has no residual connection, so that it gives a lone atom no energy.
+
     Args:
         short: model that it will stand beside.
         r_max: long cutoff, Å.
@@ -65,7 +77,8 @@ def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_nei
     if not isinstance(last, LinearReadoutBlock):
         width = o3.Irreps(last.hidden_irreps)[0].mul // len(short.heads)
         nonlinear = {"MLP_irreps": o3.Irreps(f"{width}x0e"), "gate": last.non_linearity.acts[0].f}
-    interactions = [type(i) for i in short.interactions]
+    later, first = type(short.interactions[-1]), type(short.interactions[0])
+    first = interaction_classes.get(_WITHOUT_RESIDUAL.get(first.__name__, ""), first)
     heads = list(short.heads)
     before = torch.get_default_dtype()
     torch.set_default_dtype(next(short.parameters()).dtype)
@@ -73,13 +86,13 @@ def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_nei
         return ScaleShiftMACE(
             r_max=r_max, num_bessel=sizes.num_radial_basis_long,
             num_polynomial_cutoff=int(short.radial_embedding.cutoff_fn.p), max_ell=sizes.max_ell_long,
-            interaction_cls=interactions[-1], interaction_cls_first=interactions[0],
-            num_interactions=len(interactions), num_elements=len(short.atomic_numbers), hidden_irreps=hidden,
+            interaction_cls=later, interaction_cls_first=first,
+            num_interactions=len(short.interactions), num_elements=len(short.atomic_numbers), hidden_irreps=hidden,
             atomic_energies=torch.zeros(len(heads), len(short.atomic_numbers)).numpy(),
             avg_num_neighbors=avg_num_neighbors, atomic_numbers=short.atomic_numbers.tolist(),
             correlation=sizes.correlation_long, radial_MLP=[sizes.radial_hidden_long] * bool(sizes.radial_hidden_long),
             heads=heads, atomic_inter_scale=1.0, atomic_inter_shift=0.0, apply_cutoff=short.apply_cutoff,
-            use_last_readout_only=len(short.readouts) == 1 and len(interactions) > 1, **nonlinear,
+            use_last_readout_only=len(short.readouts) == 1 and len(short.interactions) > 1, **nonlinear,
         )  # fmt: skip
     finally:
         torch.set_default_dtype(before)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
+from .checks import (
+    MODEL,
+    Default,
+    check_against_multiscale,
+    check_cutoffs,
+    check_periodic,
+    check_restart,
+    check_short,
+    read_foundation,
+    refuse_conflicts,
+)
+
 __all__ = ["MultiscalePlugin"]
 
-MODEL = "MultiScaleMACE"
 _FLAGS = ("r_short", "multiscale_coupling", "multiscale_freeze_short", "long_range", "pme_smearing")
 
 
@@ -33,7 +42,9 @@ class MultiscalePlugin(TrainPlugin):
 
         from .build import LongPath
 
-        next(a for a in parser._actions if a.dest == "model").choices += [MODEL]  # type: ignore[operator]
+        actions = {a.dest: a for a in parser._actions}
+        actions["model"].choices += [MODEL]  # type: ignore[operator]
+        actions["r_max"].default = Default(actions["r_max"].default)
         group = parser.add_argument_group(
             "multiscale model (equitune)",
             "--model=MultiScaleMACE: a MACE within r_short and a light one within r_max. With --foundation_model the "
@@ -76,33 +87,33 @@ class MultiscalePlugin(TrainPlugin):
             run.state["long_path"] = LongPath(**sizes)
         except ValueError as err:  # its message starts with the name of the flag
             raise SettingsError(f"--{err}") from err
-        _refuse_conflicts(args)
-        known = _read_foundation(args)
+        refuse_conflicts(args)
+        known = read_foundation(args)
         short = args.r_short if known is None else float(getattr(known, "r_short", known.r_max))
-        if known is not None and args.r_short is not None and not math.isclose(args.r_short, short, abs_tol=1e-6):
-            raise SettingsError(
-                f"--r_short: expected {short:g} Å, the foundation's cutoff, got {args.r_short:g}; leave it out"
-            )
+        if known is not None:
+            check_short(args.r_short, short)
         if hasattr(known, "r_short"):
-            _check_against_multiscale(known, given)
+            check_against_multiscale(known, given, args)
             run.state["r_long"], run.state["multiscale_foundation"] = float(known.r_max), True
         else:
             if short is None and args.foundation_model is None:
                 raise SettingsError(f"--r_short: --model={MODEL} needs the short cutoff in Å, smaller than --r_max")
-            run.state["r_long"] = args.r_max
+            run.state["r_long"] = float(args.r_max)
             if args.lora_init_adapter is not None:
                 raise SettingsError(
                     "--lora_init_adapter: it would leave the new long path untrained; start the adapter anew, or give "
                     f"a {MODEL} as --foundation_model"
                 )
         if short is not None:
-            _check_cutoffs(short, run.state["r_long"])
+            check_cutoffs(short, run.state["r_long"])
 
     def before_data(self, run: Run) -> None:
-        # upstream has set r_max to the foundation's
-        if run.args.foundation_model is not None and not run.state.get("multiscale_foundation"):
-            _check_cutoffs(run.args.r_max if run.args.r_short is None else run.args.r_short, run.state["r_long"])
-        run.args.r_max = run.state["r_long"]
+        args = run.args
+        if args.foundation_model is not None and not run.state.get("multiscale_foundation"):
+            # upstream has set r_max to the foundation's
+            check_short(args.r_short, args.r_max)
+            check_cutoffs(args.r_max, run.state["r_long"])
+        args.r_max = run.state["r_long"]
 
     def check_foundation(self, run: Run) -> None:
         if hasattr(run.foundation, "r_short") and not self.enabled(run.args):
@@ -113,12 +124,13 @@ class MultiscalePlugin(TrainPlugin):
 
         args = run.args
         if args.long_range == "pme" or hasattr(run.foundation, "charges"):
-            _check_periodic(run.train_dataset)
+            check_periodic(run)
         run.state["avg_num_neighbors_long"] = args.avg_num_neighbors
         if hasattr(run.foundation, "r_short"):
             run.stand_in = stock_paths(run.foundation)[0]
         short = args.r_short if run.foundation is None else float((run.stand_in or run.foundation).r_max)  # type: ignore[arg-type]
-        args.r_max, args.model = short, "ScaleShiftMACE"
+        # as upstream's default from scratch: no shift and a first block without a residual, so that lone atoms have E0
+        args.r_max, args.model = short, "MACE" if run.foundation is None else "ScaleShiftMACE"
         if run.foundation is None:
             args.avg_num_neighbors = _neighbours(run.train_dataset, short)
             logging.info("equitune: average number of neighbors within r_short: %g", args.avg_num_neighbors)
@@ -134,6 +146,8 @@ class MultiscalePlugin(TrainPlugin):
             if hasattr(run.foundation, "r_short"):
                 built = attach_long(model, run.foundation, run.elements)
                 coupling = built.coupling
+                if hasattr(built, "charges") and args.lora_dense != "none":
+                    run.state["train_in_full"] = ("charges",)  # LoRA has nothing to adapt in them
             else:
                 built = to_multiscale(
                     model, long, run.state["long_path"], coupling=coupling,  # type: ignore[arg-type]
@@ -146,6 +160,8 @@ class MultiscalePlugin(TrainPlugin):
                 run.state["train_in_full"] = ("long.", "charges") if run.foundation is not None else ()
         except ValueError as err:
             raise SettingsError(f"--model={MODEL}: {err}") from err
+        run.state["multiscale"] = _settings(run, built)
+        check_restart(run)
         if args.multiscale_freeze_short:
             for name, parameter in built.named_parameters():
                 parameter.requires_grad_(name.startswith(("long.", "charges.")))
@@ -172,6 +188,21 @@ class MultiscalePlugin(TrainPlugin):
             {"name": "long_no_decay", "params": groups[False], "weight_decay": 0.0, "lr": run.args.lr},
         ]
 
+    def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
+        """What a restart must agree with: weights would fit other cutoffs too."""
+        return dict(run.state["multiscale"])
+
+
+def _settings(run: Run, model: Any) -> dict[str, Any]:
+    """Flag and value of everything that changes the model beside its weights."""
+    pme = hasattr(model, "charges")
+    sizes = {} if run.state.get("multiscale_foundation") else asdict(run.state["long_path"])
+    return {
+        "r_short": round(float(model.r_short), 4), "r_max": round(float(model.r_max), 4),
+        "multiscale_coupling": model.coupling, "long_range": "pme" if pme else "none",
+        "pme_smearing": round(model.smearing, 4) if pme else None, **sizes,
+    }  # fmt: skip
+
 
 _HELP = {
     "num_channels_long": "features of every degree in the long path",
@@ -181,74 +212,6 @@ _HELP = {
     "num_radial_basis_long": "radial functions of the long path on (0, r_max)",
     "radial_hidden_long": "hidden width of the long path's radial network; 0 for none",
 }
-
-
-def _check_cutoffs(short: float, long: float) -> None:
-    if not (math.isfinite(short) and short > 0):
-        raise SettingsError(f"--r_short: expected a length > 0 in Å, got {short:g}")
-    if short >= long:
-        raise SettingsError(
-            f"--r_max: expected the long cutoff, larger than r_short ({short:g} Å), got {long:g} Å; about twice "
-            "r_short is usual"
-        )
-
-
-def _refuse_conflicts(args: argparse.Namespace) -> None:
-    """Options that upstream or we do not support for this model."""
-    if args.enable_cueq or args.enable_oeq or args.only_cueq:
-        raise SettingsError(
-            f"--enable_cueq/--enable_oeq/--only_cueq: upstream converts MACE and ScaleShiftMACE only, not {MODEL}; "
-            "leave the flag out"
-        )
-    if args.embedding_specs is not None:
-        raise SettingsError(f"--embedding_specs: {MODEL} has no extra embeddings; leave the flag out")
-    if args.pme_smearing is not None and args.long_range != "pme":
-        raise SettingsError("--pme_smearing: has no effect without --long_range=pme; add it, or drop the flag")
-    if args.long_range == "pme":
-        from .pme import pme_calculator
-
-        try:
-            pme_calculator(args.r_max, args.r_max / 6 if args.pme_smearing is None else args.pme_smearing)
-        except ValueError as err:
-            raise SettingsError(f"--long_range=pme: {err}") from err
-    if args.lora and args.lora_backend == "mace":
-        raise SettingsError(f"--lora_backend=mace: it knows stock models only, not {MODEL}; leave it out")
-    if args.multiscale_freeze_short and args.foundation_model is None:
-        raise SettingsError("--multiscale_freeze_short: it would freeze random weights; give --foundation_model")
-    if args.multiscale_freeze_short and args.lora:
-        raise SettingsError("--multiscale_freeze_short: --lora adapts the short path; drop one of the two")
-    if args.multiscale_freeze_short and args.multiscale_coupling == "fused":
-        raise SettingsError("--multiscale_freeze_short: fused readouts belong to both paths; use coupling sum")
-    if args.freeze:
-        raise SettingsError(f"--freeze {args.freeze}: use --multiscale_freeze_short to train the long path only")
-
-
-def _read_foundation(args: argparse.Namespace) -> Any:
-    """The foundation model where it is a file, so that mistakes show before data are read; None otherwise."""
-    if args.foundation_model is None or not Path(args.foundation_model).is_file():
-        return None
-    return torch.load(args.foundation_model, map_location="cpu", weights_only=False)  # as upstream does next
-
-
-def _check_against_multiscale(model: Any, given: list[str]) -> None:
-    """A multiscale foundation brings its own sizes, and one head."""
-    if len(model.heads) > 1:
-        raise SettingsError(
-            f"--foundation_model: it is a {MODEL} with the heads {', '.join(model.heads)}; upstream takes heads apart "
-            "of stock models only; train a model with one head"
-        )
-    wrong = [f for f in given if f not in ("multiscale_freeze_short", "r_short")]
-    if wrong:
-        raise SettingsError(f"--{wrong[0]}: the foundation model is a {MODEL} and brings its own; leave the flag out")
-
-
-def _check_periodic(dataset: Any) -> None:
-    for index, graph in enumerate(dataset):
-        if not bool(torch.as_tensor(graph.pbc).all()):
-            raise SettingsError(
-                f"--long_range=pme: expected frames that are periodic in all directions, got training frame {index} "
-                "without; leave the flag out, or give periodic frames"
-            )
 
 
 def _neighbours(dataset: Any, cutoff: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,42 +16,60 @@ __all__ = ["Charges", "MultiScaleMACEPME"]
 
 
 class Charges(nn.Module):
-    """Charge of every atom: a value of its element plus a linear function of its long-path scalars, made neutral.
+    """Charges that neighbours exchange, so that every fragment is neutral and a lone atom has none.
+
+    chi_i is a value of the element plus a linear function of the atom's long-path scalars; with u(r) that goes smoothly
+    to zero at r_max, q_i = sum_j u(r_ij) (chi_j - chi_i) / avg_num_neighbors. What one atom gets another loses, and a
+    charge depends on what is within reach of the long path only, so that far fragments do not change it.
 
     Args:
         features: number of scalars.
         elements: number of elements.
-        scale: standard deviation of the first values, e. Not zero: the energy is quadratic in the charges, so that
-            all-zero charges would have no gradient.
+        avg_num_neighbors: within r_max.
+        scale: standard deviation of the first values of chi, e. Not zero: the energy is quadratic in the charges, so
+            that all-zero charges would have no gradient.
     """
 
-    def __init__(self, features: int, elements: int, scale: float = 0.1) -> None:
+    neighbors: torch.Tensor
+
+    def __init__(self, features: int, elements: int, avg_num_neighbors: float = 1.0, scale: float = 0.1) -> None:
         super().__init__()
         self.element = nn.Parameter(scale * torch.randn(elements))
         self.weight = nn.Parameter(scale * torch.randn(features) / features**0.5)
+        self.register_buffer("neighbors", torch.tensor(float(avg_num_neighbors)))
 
-    def forward(self, node_attrs: torch.Tensor, features: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        """Charges (atoms,) in e, summing to zero in every graph.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "neighbors" not in state["_buffers"]:
+            raise ValueError(
+                "long_range pme: expected a model whose charges are exchanged between neighbours, got one of an "
+                "earlier version, whose charges have another meaning; train it anew"
+            )
+        super().__setstate__(state)
+
+    def forward(
+        self, node_attrs: torch.Tensor, features: torch.Tensor, edges: torch.Tensor, envelope: torch.Tensor
+    ) -> torch.Tensor:
+        """Charges (atoms,) in e.
 
         Args:
             node_attrs: (atoms, elements), one-hot.
             features: (atoms, features).
-            batch: (atoms,) graph of every atom.
+            edges: (2, edges), each pair in both directions.
+            envelope: u(r) of every edge (edges,).
         """
-        raw = node_attrs @ self.element + features[:, : len(self.weight)] @ self.weight
-        graphs = int(batch.max()) + 1
-        total = torch.zeros(graphs, dtype=raw.dtype, device=raw.device).index_add(0, batch, raw)
-        count = torch.zeros_like(total).index_add(0, batch, torch.ones_like(raw))
-        neutral: torch.Tensor = raw - (total / count)[batch]
-        return neutral
+        chi = node_attrs @ self.element + features[:, : len(self.weight)] @ self.weight
+        other, atom = edges
+        exchanged = envelope * (chi[other] - chi[atom])
+        charges: torch.Tensor = torch.zeros_like(chi).index_add(0, atom, exchanged) / self.neighbors
+        return charges
 
 
 class MultiScaleMACEPME(MultiScaleMACE):
     """MultiScaleMACE with the Coulomb energy of learned charges beyond ``r_max``.
 
-    torch-pme's kernel is switched off smoothly within ``r_max``, which the two message-passing paths describe, so
-    nothing is counted twice. Frames must be periodic. Not scriptable and not for LAMMPS, whose ML-IAP interface gives
-    no mesh.
+    Coulomb's law is switched off smoothly (twice differentiable) within ``r_max``, which the two message-passing paths
+    describe, so nothing is counted twice. Frames must be periodic. Not scriptable and not for LAMMPS, whose ML-IAP
+    interface gives no mesh.
 
     Args:
         short, long, coupling: as for :class:`MultiScaleMACE`.
@@ -68,7 +87,8 @@ class MultiScaleMACEPME(MultiScaleMACE):
         super().__init__(short, long, coupling)
         features = int(long.products[-1].linear.irreps_out.count("0e"))
         reference = next(short.parameters())
-        self.charges = Charges(features, len(short.atomic_numbers), scale).to(reference)
+        neighbors = float(long.interactions[0].avg_num_neighbors)
+        self.charges = Charges(features, len(short.atomic_numbers), neighbors, scale).to(reference)
         self.smearing = float(long.r_max) / 6 if smearing is None else float(smearing)
         self.coulomb = pme_calculator(float(long.r_max), self.smearing).to(reference)
 
@@ -81,6 +101,35 @@ class MultiScaleMACEPME(MultiScaleMACE):
         super().__setstate__(state)
         self.coulomb = pme_calculator(float(self.r_max), self.smearing).to(self.charges.weight)  # type: ignore[arg-type]
 
+    def forward(
+        self,
+        data: dict[str, torch.Tensor],
+        training: bool = False,
+        compute_force: bool = True,
+        compute_virials: bool = False,
+        compute_stress: bool = False,
+        compute_displacement: bool = False,
+        compute_hessian: bool = False,
+        compute_edge_forces: bool = False,
+        compute_atomic_stresses: bool = False,
+        lammps_mliap: bool = False,
+    ) -> dict[str, torch.Tensor | None]:
+        """As MACE's, without what is a sum over edges.
+
+        Raises:
+            ValueError: forces of edges, or virials or stresses of atoms, are asked for; or a frame is not periodic.
+        """
+        if compute_edge_forces or compute_atomic_stresses:
+            raise ValueError(
+                "long_range pme: expected compute_edge_forces and compute_atomic_stresses to be off, got one of them; "
+                "edges do not have the forces of the mesh; use forces and the stress of the whole frame"
+            )
+        return super().forward(
+            data, training=training, compute_force=compute_force, compute_virials=compute_virials,
+            compute_stress=compute_stress, compute_displacement=compute_displacement, compute_hessian=compute_hessian,
+            lammps_mliap=lammps_mliap,
+        )  # fmt: skip
+
     def far_energies(
         self, data: dict[str, torch.Tensor], displacement: torch.Tensor | None, features: torch.Tensor,
         lengths: torch.Tensor,
@@ -91,7 +140,8 @@ class MultiScaleMACEPME(MultiScaleMACE):
         if "pbc" in data and not bool(data["pbc"].all()):
             raise ValueError("long_range pme: expected frames that are periodic in all directions, got one that is not")
         batch, edges = data["batch"], data["edge_index"]
-        charges = self.charges(data["node_attrs"], features, batch)
+        envelope = self.long.radial_embedding.cutoff_fn(lengths).squeeze(-1)
+        charges = self.charges(data["node_attrs"], features, edges, envelope)
         cells = data["cell"].view(-1, 3, 3)
         if displacement is not None:
             strain = 0.5 * (displacement + displacement.transpose(-1, -2))
@@ -110,9 +160,17 @@ class MultiScaleMACEPME(MultiScaleMACE):
 
 
 def pme_calculator(r_max: float, smearing: float) -> Any:
+    """torch-pme's calculator of the Coulomb energy beyond r_max.
+
+    Args:
+        r_max: Å; the energy of two charges is switched on from nothing at 0 to all of it at r_max.
+        smearing: Å.
+
+    Raises:
+        ValueError: torch-pme is not installed, or the smearing does not fit the cutoff.
+    """
     try:
         from torchpme import PMECalculator
-        from torchpme.potentials import CoulombPotential
         from torchpme.prefactors import eV_A
     except ImportError as err:
         raise ValueError("long_range pme: it needs torch-pme: pip install torch-pme") from err
@@ -120,5 +178,22 @@ def pme_calculator(r_max: float, smearing: float) -> Any:
         raise ValueError(
             f"pme_smearing: expected a length above 0 and at most {r_max / 4:g} Å, a quarter of r_max, got {smearing:g}"
         )
-    potential = CoulombPotential(smearing=smearing, exclusion_radius=r_max, prefactor=eV_A)
+    potential = _potential_class()(smearing=smearing, exclusion_radius=r_max, prefactor=eV_A)
     return PMECalculator(potential, mesh_spacing=smearing / 2, interpolation_nodes=5, full_neighbor_list=True)
+
+
+@functools.cache
+def _potential_class() -> Any:
+    """A function of its own, since torch-pme is optional."""
+    from torchpme.potentials import CoulombPotential
+
+    class SmoothCoulomb(CoulombPotential):  # type: ignore[misc, unused-ignore]
+        """Coulomb potential with an exclusion that is smooth to the second derivative at its radius."""
+
+        def f_cutoff(self, dist: torch.Tensor, pair_mask: torch.Tensor | None = None) -> torch.Tensor:
+            """What is taken away (1 at 0, 0 at the radius); torch-pme's cosine has a kink in the slope there."""
+            x = (dist / self.exclusion_radius).clamp(max=1.0)
+            taken: torch.Tensor = 1 - x**3 * (10 - 15 * x + 6 * x**2)
+            return taken if pair_mask is None else taken * pair_mask
+
+    return SmoothCoulomb

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import yaml
 
-from mace_lora.atomic import only_writer, write_text
+from mace_lora.atomic import content_digest, only_writer, write_text
+from mace_lora.autotune.child import run_child
+from mace_lora.autotune.levels import Source, check_elements, check_mixed_up, read_source
+from mace_lora.mace_plugin.labels import label_of
 
 __all__ = ["normalisation", "run"]
 
 _KEYS = {"frames", "val", "epochs", "lr", "checkpoint"}
+_FILES = ("file_path", "train_file_path", "val_file_path", "test_file_path")
+_ELSEWHERE = ("folder", "autotune", "run", "hydra", "frames")  # of no consequence for stage one, or hashed
+_REPORTS = tuple(
+    f"trainer.{k}" for k in ("accelerator", "devices", "logger", "log_every_n_steps", "enable_progress_bar")
+)
 
 
 def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[str], None] = print) -> Path:
@@ -36,35 +43,154 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
 
     Raises:
         FileNotFoundError: no such config or classical file.
-        ValueError: the config has no or wrong ``autotune`` keys, a stage fails, or another run
-            trains there now.
+        ValueError: the config has no or wrong ``autotune`` keys, the classical file lacks elements or was mixed up
+            with the quantum one, a stage was made with other data or settings or fails, or another run trains there
+            now.
     """
     file = folder / f"{name}.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}")
-    config = yaml.safe_load(file.read_text())
-    settings = _settings(config, file, overrides)
-    out = Path(_value("folder", config, overrides)).resolve()
+    _check_keys(yaml.safe_load(file.read_text()), file, overrides)
+    config = _compose(folder, name, overrides)
+    settings = _settings(config["autotune"], file)
+    classical: Source = settings.pop("source")
+    _check_levels(classical, config)
+    if config.get("folder") is None:
+        raise ValueError("folder: the config has none; give folder=… as an override")
+    out = Path(str(config["folder"])).resolve()
     first = out / "classical"
-    wanted = settings | {"overrides": [o for o in overrides if not o.startswith(("folder=", "epochs=", "lr="))]}
-    marker = first / "stage_one.json"
-    if marker.is_file() and (first / "best.ckpt").is_file():
-        if json.loads(marker.read_text()) != wanted:
-            raise ValueError(f"{first}: its stage was made with other settings; give another folder, or remove it")
+    split = {"train": settings["train"], "val": settings["val"], "test": 1}  # upstream wants a test frame
+    mine = [
+        *overrides, f"frames={_quoted(classical.path)}", f"epochs={settings['epochs']}", f"lr={settings['lr']}",
+        *(f"data.split_dataset.{part}={count}" for part, count in split.items()), "run=[train]",
+        "autotune.checkpoint=null",
+    ]  # fmt: skip
+    wanted = _fingerprint(_compose(folder, name, mine), classical.path)
+    if _finished(first, wanted):
         say(f"stage one is there: {first / 'best.ckpt'}")
     else:
-        say(f"stage one: training on {settings['frames']}")
-        split = {"train": settings["train"], "val": settings["val"], "test": 1}  # upstream wants a test frame
-        _train(folder, name, first, [
-            *overrides, f"frames={settings['frames']}", f"epochs={settings['epochs']}", f"lr={settings['lr']}",
-            *(f"data.split_dataset.{part}={count}" for part, count in split.items()), "run=[train]",
-            "autotune.checkpoint=null",
-        ])  # fmt: skip
-        write_text(marker, json.dumps(wanted) + "\n")
+        say(f"stage one: training on {classical.path}")
+        write_text(first / "stage_one.json", json.dumps({"finished": False, "settings": wanted}) + "\n")
+        _train(folder, name, first, mine)
+        write_text(first / "stage_one.json", json.dumps({"finished": True, "settings": wanted}) + "\n")
+    _check_start(out, first / "best.ckpt")
     say("stage two: fine-tuning on the quantum labels")
     neighbours = [f"{k}={v}" for k, v in normalisation(first / "best.ckpt").items()]
-    _train(folder, name, out, [*overrides, f"autotune.checkpoint={first / 'best.ckpt'}", *neighbours])
+    _train(folder, name, out, [*overrides, f"autotune.checkpoint={_quoted(first / 'best.ckpt')}", *neighbours])
     return out / "best.ckpt"
+
+
+def _compose(folder: Path, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The whole config with its defaults list, interpolated as far as that needs no data."""
+    from hydra import compose, initialize_config_dir  # type: ignore[import-not-found]
+    from hydra.errors import HydraException  # type: ignore[import-not-found]
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(folder.resolve()), version_base=None):
+            found = compose(name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as err:
+        raise ValueError(f"{folder / name}.yaml: {err}") from err
+    content: dict[str, Any] = yaml.safe_load(_here(OmegaConf.to_yaml(found)))
+    return content | {key: _resolved(content, content.get(key)) for key in ("folder", "autotune", "data")}
+
+
+def _resolved(root: dict[str, Any], value: Any) -> Any:
+    """Interpolations of other keys; functions that need the data are left as they are written."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(value, dict):
+        return {k: _resolved(root, v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolved(root, v) for v in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    try:
+        found = OmegaConf.create({**root, "_here": value})["_here"]
+        return OmegaConf.to_object(found) if OmegaConf.is_config(found) else found
+    except OmegaConfBaseException:
+        return value
+
+
+def _check_levels(classical: Source, config: dict[str, Any]) -> None:
+    """The classical file against those of the config, under the config's labels."""
+    data = config.get("data") or {}
+    parts = data.get("split_dataset") or {}
+    places = [data, *(parts if isinstance(parts, list) else [parts])]
+    paths = [p[key] for p in places for key in _FILES if p.get(key)]
+    paths = [q for p in paths for q in (p if isinstance(p, list) else [p]) if "${" not in str(q)]
+    quantum = [read_source("frames of the config", p) for p in dict.fromkeys(map(str, paths))]
+    mapping = data.get("key_mapping") or {}
+    key = next((k for k, v in mapping.items() if v == "total_energy"), "energy")
+    check_elements(classical, quantum)
+    check_mixed_up(classical, quantum, lambda atoms: label_of(atoms, "energy", key))
+
+
+def _fingerprint(config: dict[str, Any], classical: Path) -> dict[str, str]:
+    """What stage one depends on: its whole config, and the content of the classical file."""
+    flat: dict[str, str] = {"autotune.frames": content_digest(classical)}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            flat[prefix] = json.dumps(value)
+
+    add("", {k: v for k, v in config.items() if k not in _ELSEWHERE})
+    return {k: v for k, v in flat.items() if not k.endswith("file_path") and not k.startswith(_REPORTS)}
+
+
+def _finished(first: Path, wanted: dict[str, str]) -> bool:
+    """Whether stage one is there.
+
+    Raises:
+        ValueError: what is there was made with other data or settings, or nobody knows with which.
+    """
+    marker = first / "stage_one.json"
+    left = [p for p in (first / "best.ckpt", first / "last.ckpt") if p.is_file()]
+    if not left:
+        return False
+    content = json.loads(marker.read_text()) if marker.is_file() else {}
+    if "settings" not in content:
+        raise ValueError(
+            f"{first}: checkpoints are left of a stage whose settings are unknown; give another folder, or remove it"
+        )
+    saved = content["settings"]
+    changed = [
+        f"{k}: {saved.get(k, 'none')} before, {wanted.get(k, 'none')} now"
+        for k in sorted({*saved, *wanted}) if saved.get(k) != wanted.get(k)
+    ]  # fmt: skip
+    if changed:
+        raise ValueError(
+            f"{first}: its stage was made with other settings ({'; '.join(changed)}); give those, give another folder, "
+            "or remove it"
+        )
+    return bool(content["finished"]) and (first / "best.ckpt").is_file()
+
+
+def _check_start(out: Path, checkpoint: Path) -> None:
+    """Stage two goes on from its own classical stage only; a new one is noted.
+
+    Raises:
+        ValueError: its last checkpoint started from other weights.
+    """
+    marker, digest = out / "stage_two.json", content_digest(checkpoint)
+    saved = json.loads(marker.read_text())["classical"] if marker.is_file() else None
+    if (out / "last.ckpt").is_file() and saved != digest:
+        raise ValueError(
+            f"{out / 'last.ckpt'}: it did not start from {checkpoint} as it is now; remove last.ckpt and best.ckpt of "
+            f"{out} to start stage two anew, or give another folder"
+        )
+    write_text(marker, json.dumps({"classical": digest}) + "\n")
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value of a Hydra override, where = , ( [ and blanks have meanings."""
+    text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(path))
+    return f"'{text}'"
 
 
 def normalisation(checkpoint: Path) -> dict[str, float]:
@@ -76,41 +202,33 @@ def normalisation(checkpoint: Path) -> dict[str, float]:
     return {"training_module.model.model.avg_num_neighbors": value} if isinstance(value, int | float) else {}
 
 
-def _settings(config: dict[str, Any], file: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    found = dict(config.get("autotune") or {})
+def _check_keys(config: dict[str, Any], file: Path, overrides: Sequence[str]) -> None:
+    """The ``autotune`` keys of the config and the overrides, before Hydra puts them together."""
+    found = {*(config.get("autotune") or {})}
     for override in overrides:
-        key, _, value = override.partition("=")
+        key = override.partition("=")[0].lstrip("+")
         if key.startswith("autotune."):
-            found[key.removeprefix("autotune.")] = yaml.safe_load(value)
-    unknown, missing = sorted({*found} - _KEYS), sorted(_KEYS - {"checkpoint"} - {*found})
+            found.add(key.removeprefix("autotune."))
+    unknown, missing = sorted(found - _KEYS), sorted(_KEYS - {"checkpoint"} - found)
     if unknown or missing:
         raise ValueError(
             f"{file}: autotune: expected the keys {', '.join(sorted(_KEYS))}; "
             + (f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}")
         )
-    frames = Path(_here(str(found["frames"]))).resolve()
+
+
+def _settings(found: dict[str, Any], file: Path) -> dict[str, Any]:
+    frames = Path(str(found["frames"])).resolve()
     if not frames.is_file():
         raise FileNotFoundError(f"{file}: autotune.frames: no file {frames}")
-    train = _count(frames) - int(found["val"]) - 1
+    source = read_source("autotune.frames", frames)
+    train = len(source.frames) - int(found["val"]) - 1
     if int(found["val"]) < 1 or train < 1:
         raise ValueError(
             f"{file}: autotune.val: expected between 1 and {max(1, train + int(found['val']) - 1)} of the frames in "
             f"{frames}, got {found['val']}"
         )
-    return {"frames": str(frames), "train": train, **{k: found[k] for k in ("val", "epochs", "lr")}}
-
-
-def _count(path: Path) -> int:
-    """Frames of a file."""
-    return sum(1 for _ in ase.io.iread(path, ":"))
-
-
-def _value(key: str, config: dict[str, Any], overrides: Sequence[str]) -> str:
-    given = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
-    value = given[-1] if given else config.get(key)
-    if value is None:
-        raise ValueError(f"{key}: the config has none; give {key}=… as an override")
-    return _here(str(value))
+    return {"source": source, "train": train, **{k: found[k] for k in ("val", "epochs", "lr")}}
 
 
 def _here(text: str) -> str:
@@ -120,10 +238,10 @@ def _here(text: str) -> str:
 def _train(folder: Path, name: str, out: Path, overrides: Sequence[str]) -> None:
     """One stage, continued from its last checkpoint where there is one."""
     command = [str(Path(sys.executable).parent / "nequip-train"), "-cd", str(folder), "-cn", name, *overrides]
-    command.append(f"folder={out}")
+    command.append(f"folder={_quoted(out)}")
     if (out / "last.ckpt").is_file():
-        command.append(f"++ckpt_path={out / 'last.ckpt'}")
+        command.append(f"++ckpt_path={_quoted(out / 'last.ckpt')}")
     with only_writer(out) as lock:
-        code = subprocess.run(command, pass_fds=(lock,), check=False).returncode
+        code = run_child(command, pass_fds=(lock,))
     if code:
         raise ValueError(f"nequip-train failed in {out} (its messages are above); the same command continues it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ def MultiScaleNequIP(
     num_radial_basis_long: int = 8,
     radial_hidden_long: int = 0,
     multiscale_coupling: str = "sum",
-    avg_num_neighbors: float | None = None,
-    avg_num_neighbors_short: float | None = None,
+    avg_num_neighbors: float | dict[str, float] | None = None,
+    avg_num_neighbors_short: float | dict[str, float] | None = None,
     per_type_energy_scales: float | dict[str, float] | None = None,
     per_type_energy_shifts: float | dict[str, float] | None = None,
     per_type_energy_scales_trainable: bool = False,
@@ -81,7 +81,7 @@ def MultiScaleNequIP(
         num_radial_basis_long: radial functions of the long path.
         radial_hidden_long: hidden width of its radial network; 0 for none.
         multiscale_coupling: "sum" of two readouts, or one "fused" readout of both feature sets.
-        avg_num_neighbors: mean number of neighbours within r_max.
+        avg_num_neighbors: mean number of neighbours within r_max, of all atoms or of each type.
         avg_num_neighbors_short: within r_short; default: scaled with the volume.
         per_type_energy_scales, per_type_energy_shifts: energy scale and isolated-atom energy of each type, eV.
         per_type_energy_scales_trainable, per_type_energy_shifts_trainable: train them.
@@ -94,14 +94,23 @@ def MultiScaleNequIP(
         ValueError: cutoffs, sizes or coupling out of range.
     """
     _check(
-        r_max, r_short, multiscale_coupling, num_layers=num_layers, num_features=num_features, num_bessels=num_bessels,
-        num_layers_long=num_layers_long, num_channels_long=num_channels_long,
-        num_radial_basis_long=num_radial_basis_long,
+        r_max, r_short, multiscale_coupling,
+        {"avg_num_neighbors": avg_num_neighbors}
+        | ({} if avg_num_neighbors_short is None else {"avg_num_neighbors_short": avg_num_neighbors_short}),
+        {"l_max": l_max, "radial_mlp_depth": radial_mlp_depth, "max_L_long": max_L_long,
+         "radial_hidden_long": radial_hidden_long},
+        {"num_layers": num_layers, "num_features": num_features, "radial_mlp_width": radial_mlp_width,
+         "num_bessels": num_bessels, "polynomial_cutoff_p": polynomial_cutoff_p, "num_layers_long": num_layers_long,
+         "num_channels_long": num_channels_long, "num_radial_basis_long": num_radial_basis_long},
     )  # fmt: skip
     types = list(type_names)
     short_neighbors = avg_num_neighbors_short
-    if short_neighbors is None and avg_num_neighbors is not None:
-        short_neighbors = avg_num_neighbors * (r_short / r_max) ** 3
+    if short_neighbors is None:
+        volumes = (r_short / r_max) ** 3
+        if isinstance(avg_num_neighbors, Mapping):
+            short_neighbors = {t: volumes * n for t, n in avg_num_neighbors.items()}
+        elif avg_num_neighbors is not None:
+            short_neighbors = volumes * avg_num_neighbors
     modules: dict[str, Any] = {}
     last = _path(
         modules, "long_", types, r_max, polynomial_cutoff_p, num_radial_basis_long,
@@ -127,14 +136,28 @@ def MultiScaleNequIP(
     return ForceStressOutput(network, do_derivatives)
 
 
-def _check(r_max: float, r_short: float, coupling: str, **sizes: int) -> None:
-    if not 0 < r_short < r_max:
+def _check(
+    r_max: float, r_short: float, coupling: str, neighbors: dict[str, Any], at_least_0: dict[str, Any],
+    at_least_1: dict[str, Any],
+) -> None:  # fmt: skip
+    if not (_is_number(r_max) and r_max > 0):
+        raise ValueError(f"r_max: expected a finite length > 0 in Å, got {r_max!r}")
+    if not (_is_number(r_short) and 0 < r_short < r_max):
         raise ValueError(f"r_short: expected a length between 0 and r_max ({r_max} Å), got {r_short}")
     if coupling not in _COUPLINGS:
         raise ValueError(f"multiscale_coupling: expected one of {', '.join(_COUPLINGS)}, got {coupling!r}")
-    for name, value in sizes.items():
-        if int(value) != value or value < 1:
-            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+    for least, what, sizes in ((0, "whole number of at least 0", at_least_0), (1, "positive whole number", at_least_1)):
+        for name, value in sizes.items():
+            if not (_is_number(value) and int(value) == value and value >= least):
+                raise ValueError(f"{name}: expected a {what}, got {value!r}")
+    for name, given in neighbors.items():
+        for value in given.values() if isinstance(given, Mapping) else (given,):  # one value, or one of each type
+            if not (_is_number(value) and value > 0):
+                raise ValueError(f"{name}: expected a finite number > 0, got {given!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _hidden(layers: int, degree: int, parity: bool, features: int) -> list[Irreps]:
@@ -147,7 +170,8 @@ def _hidden(layers: int, degree: int, parity: bool, features: int) -> list[Irrep
 
 def _path(
     modules: dict[str, Any], prefix: str, types: list[str], r_max: float, cutoff: int, bessels: int,
-    hidden: list[Irreps], degree: int, depth: int, width: int, neighbors: float | None, irreps_in: dict[str, Any],
+    hidden: list[Irreps], degree: int, depth: int, width: int, neighbors: float | dict[str, float] | None,
+    irreps_in: dict[str, Any],
 ) -> Any:  # fmt: skip
     """Append NequIP's embeddings and interactions for one range; returns the last module."""
     embed = NodeTypeEmbed(type_names=types, num_features=hidden[0].count("0e"))

@@ -43,6 +43,7 @@ class ShortEdges(GraphModuleMixin, torch.nn.Module):
         lengths = data[AtomicDataDict.EDGE_LENGTH_KEY]
         data[_INDEX], data[_VECTORS], data[_LENGTHS] = index, vectors, lengths
         data[_NORMED] = data[AtomicDataDict.NORM_LENGTH_KEY]
+        _drop_norm_factor(data)
         inner = torch.nonzero(lengths.view(-1) < self.r_short).view(-1)
         data[AtomicDataDict.EDGE_INDEX_KEY] = torch.index_select(index, 1, inner)
         data[AtomicDataDict.EDGE_VECTORS_KEY] = torch.index_select(vectors, 0, inner)
@@ -68,7 +69,14 @@ class AllEdges(GraphModuleMixin, torch.nn.Module):
         for key in (AtomicDataDict.EDGE_ATTRS_KEY, AtomicDataDict.EDGE_EMBEDDING_KEY, AtomicDataDict.EDGE_CUTOFF_KEY):
             if key in data:
                 data.pop(key)
+        _drop_norm_factor(data)
         return data
+
+
+def _drop_norm_factor(data: AtomicDataDict.Type) -> None:
+    """NequIP keeps 1/sqrt(avg_num_neighbors) in the data and takes it again; each path has its own."""
+    if AtomicDataDict.FEATURE_NORM_FACTOR_KEY in data:
+        data.pop(AtomicDataDict.FEATURE_NORM_FACTOR_KEY)
 
 
 class JoinFeatures(GraphModuleMixin, torch.nn.Module):

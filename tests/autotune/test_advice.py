@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from mace_lora.autotune.advice import advice, agreement
+from mace_lora.autotune.advice import advice, agreement, with_labels
 
 PROGRAM = Path(sys.executable).parent / "equitune"
 
@@ -51,10 +51,55 @@ def test_slope_correlation_and_energies():
 
 def test_advice_follows_the_correlation():
     assert "likely to help" in advice(agreement(frames(), classical(0.1)))
-    assert "may help at few quantum frames" in advice(agreement(frames(), classical(0.5)))
+    assert "may help" in advice(agreement(frames(), classical(0.5)))
     assert "is unlikely to help" in advice(agreement(frames(), classical(3.0)))
     assert "worst for O" in advice(agreement(frames(), classical(0.05, bad=8)))
     assert "check the units" in advice(agreement(frames(), classical(0.0, factor=0.02)))
+
+
+def test_advice_depends_on_the_number_of_frames():
+    good, middling = (agreement(frames(), classical(noise)) for noise in (0.1, 0.5))
+    assert "likely to help" in advice(good, 400) and "may help" in advice(good, 401)
+    assert "the gain fades" in advice(good, 401) and "the quantum frames are few" in advice(middling, 100)
+    assert "is unlikely to help" in advice(middling, 101) and "101 quantum frames" in advice(middling, 101)
+
+
+def test_a_pilot_decides():
+    good, bad = (agreement(frames(), classical(noise)) for noise in (0.1, 3.0))
+    assert "Do without classical pre-training: in the pilot it raised the force error 2.00" in advice(good, gain=0.5)
+    assert "made no difference in the pilot" in advice(good, gain=1.0)
+    assert "helps: in the pilot its force error was 1.50 times lower" in advice(bad, gain=1.5)
+    assert "likely to help" not in advice(bad, gain=1.5)
+
+
+def test_gradients_given_as_forces():
+    text = advice(agreement(frames(), classical(0.1, factor=-1.0)))
+    assert "opposite: force correlation -" in text and "wrong sign (energy gradients given as forces?)" in text
+
+
+def test_standard_labels_are_found(tmp_path):
+    """Energy and forces of standard extxyz are ASE's results after reading."""
+    own = frames()
+    for atoms in own:
+        atoms.info["energy"], atoms.arrays["forces"] = atoms.info.pop("REF_energy"), atoms.arrays.pop("REF_forces")
+    ase.io.write(tmp_path / "q.xyz", own, format="extxyz")
+    read = ase.io.read(tmp_path / "q.xyz", ":")
+    for keys in ((), ("energy", "forces")):
+        found = with_labels(read, *keys)
+        e, f = keys or ("REF_energy", "REF_forces")
+        assert [a.info[e] for a in found] == pytest.approx([a.get_potential_energy() for a in read])
+        np.testing.assert_allclose(found[0].arrays[f], read[0].get_forces())
+    with pytest.raises(ValueError, match="frame 0: expected labels dft and forces, got energy, forces; name the right"):
+        with_labels(read, "dft", "forces")
+
+
+def test_labels_that_are_not_finite():
+    bad = frames(3)
+    bad[1].arrays["REF_forces"][0, 1] = np.nan
+    with pytest.raises(ValueError, match="frame 1: expected finite labels REF_energy and REF_forces, got NaN"):
+        agreement(bad, classical(0.0))
+    with pytest.raises(ValueError, match="frame 0: the classical potential gives NaN or infinity"):
+        agreement(frames(), classical(np.nan))
 
 
 def test_bad_frames():

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from helpers import BIN, dft_frames, flags, train
 from mace.calculators import MACECalculator
+
+from mace_lora.autotune.schedule import depth
 
 TWO_STAGES = {
     "foundation_model": None, "lora": None, "lora_rank": None, "multiheads_finetuning": None, "E0s": "average",
@@ -70,7 +73,16 @@ def test_both_stages_and_again(job, classical, tmp_path):
         job, tmp_path, check=False, **TWO_STAGES | {"autotune_epochs": 9}, autotune_train_file=classical,
         restart_latest=True,
     )  # fmt: skip
-    assert "its classical stage was made with other data or settings" in " ".join(other.stdout.split())
+    assert "its classical stage was made with other data or settings (--autotune_epochs: 4 before, 9 now)" in " ".join(
+        other.stdout.split()
+    )
+    with torch.no_grad():
+        next(first.parameters()).mul_(1.5)
+    torch.save(first, tmp_path / "run_classical.model")
+    for message in ("started from another classical model than", "started from a classical model that is gone"):
+        restart = train(job, tmp_path, check=False, **TWO_STAGES, autotune_train_file=classical, restart_latest=True)
+        assert restart.returncode and message in " ".join(restart.stdout.split())
+        (tmp_path / "run_classical.model").unlink(missing_ok=True)
 
 
 def test_weights_are_handed_over(job, classical, tmp_path):
@@ -100,6 +112,33 @@ def test_requested_references_are_kept(job, classical, tmp_path):
     wanted = eval(e0s)
     mine = model.atomic_energies_fn.atomic_energies.reshape(-1).tolist()
     assert mine == pytest.approx([wanted[int(z)] for z in model.atomic_numbers], abs=1e-6)
+    assert float(model.scale_shift.shift) == 0.0  # isolated atoms have their references
+    assert "must be unlearnt, since the references are isolated atoms" in " ".join(done.stdout.split())
+
+
+def test_shift_takes_the_mean_residual(job, classical, tmp_path):
+    """ScaleShiftMACE: upstream's shift is the mean interaction energy, so that it belongs to the level of theory."""
+    done = train(
+        job, tmp_path,
+        **TWO_STAGES | {
+            "lr": 1e-30, "max_num_epochs": 1, "autotune_epochs": 2, "model": "ScaleShiftMACE",
+            "E0s": (job / "e0s.txt").read_text(),
+        }, autotune_train_file=classical,
+    )  # fmt: skip
+    shown = " ".join(done.stdout.split())
+    before, after = map(float, re.search(r"shift of the interaction energy (-?[\d.]+) eV/atom before, (-?[\d.]+) after",
+                                         shown).groups())  # fmt: skip
+    assert abs(after - before) > 1.0 and "must be unlearnt" not in shown
+    residual = re.search(r"energy residual on 10 frames ([\d.]+) meV/atom before, ([\d.]+) after; the ref", shown)
+    assert float(residual[2]) < 0.1 * float(residual[1])
+    model = load(tmp_path / "run.model")
+    assert float(model.scale_shift.shift) == pytest.approx(after, abs=1e-3)
+    left = []
+    for atoms in ase.io.read(job / "train.xyz", ":"):
+        reference = atoms.info["REF_energy"]
+        atoms.calc = MACECalculator(models=[model], device="cpu", default_dtype="float64")
+        left.append((reference - atoms.get_potential_energy()) / len(atoms))
+    assert abs(np.mean(left)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["lora", "multiscale"])
@@ -117,24 +156,27 @@ def test_with_lora_and_with_a_multiscale_model(job, classical, tmp_path, kind):
 
 def test_layerwise_and_gradual(job, classical, tmp_path):
     """Until its epoch a block keeps the weights of stage one; a restart with another schedule is refused."""
-    options = TWO_STAGES | {"max_num_epochs": 2, "autotune_unfreeze": 2, "autotune_lr_decay": 0.5}
+    options = TWO_STAGES | {
+        "max_num_epochs": 4, "autotune_epochs": 1, "autotune_unfreeze": 1, "autotune_lr_decay": 0.5,
+        "keep_checkpoints": True, "save_all_checkpoints": True,
+    }  # fmt: skip
     done = train(job, tmp_path, **options, autotune_train_file=classical)
     shown = " ".join(done.stdout.split())
     assert "autotune: learning rates from the readouts down 0.005, 0.0025, 0.00125, 0.000625" in shown
     assert "autotune: epoch 0: blocks 0 to 0 of 3 learn" in shown
-    first, second = load(tmp_path / "run_classical.model"), load(tmp_path / "run.model")
-    theirs = first.state_dict()
-    changed = {n for n, a in second.named_parameters() if (a != theirs[n].reshape(a.shape)).any()}
-    assert changed and all(n.startswith("readouts.") for n in changed)
+    theirs, depths = load(tmp_path / "run_classical.model").state_dict(), []
+    names = [n for n, p in load(tmp_path / "run.model").named_parameters() if p.requires_grad]
+    for epoch in range(4):
+        (path,) = (tmp_path / "checkpoints").glob(f"run_run-2_epoch-{epoch}.pt")
+        mine = load(path)["model"]
+        changed = {depth(n, 2) for n in names if (mine[n] != theirs[n].reshape(mine[n].shape)).any()}
+        depths.append(sorted(changed))
+    assert depths == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
     other = train(
         job, tmp_path, check=False, **options | {"autotune_lr_decay": None}, autotune_train_file=classical,
         restart_latest=True,
     )  # fmt: skip
     assert "--autotune_lr_decay: expected 0.5 as in the checkpoint" in " ".join(other.stdout.split())
-    train(job, tmp_path, **options | {"max_num_epochs": 4}, autotune_train_file=classical, restart_latest=True)
-    third = dict(load(tmp_path / "run.model").named_parameters())
-    assert (third["products.1.linear.weight"] != dict(second.named_parameters())["products.1.linear.weight"]).any()
-    assert (third["products.0.linear.weight"] == dict(second.named_parameters())["products.0.linear.weight"]).all()
 
 
 def test_killed_in_either_stage(job, classical, tmp_path):
@@ -163,37 +205,39 @@ def test_killed_in_either_stage(job, classical, tmp_path):
     assert (tmp_path / "run.model").is_file()
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads /proc")  # noqa: PTH112
+def test_terminated_in_stage_one(job, classical, tmp_path):
+    """SIGTERM to the command alone ends its stage one too."""
+    options = TWO_STAGES | {"autotune_epochs": 1000}
+    process = subprocess.Popen(
+        [str(a) for a in [BIN / "mace_run_train", *flags(job, tmp_path, **options, autotune_train_file=classical)]],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    children, end = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.time() + 240
+    while process.poll() is None and time.time() < end:
+        if list((tmp_path / "checkpoints").glob("classical/run_run-2_epoch-*.pt")):
+            break
+        time.sleep(0.05)
+    found = [int(pid) for pid in children.read_text().split()]
+    assert found
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not [pid for pid in found if Path(f"/proc/{pid}").exists()]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"autotune_epochs": 5}, "--autotune_epochs: has no effect without --autotune_train_file"),
-        ({"autotune_train_file": "gone.xyz"}, "--autotune_train_file: no file gone.xyz"),
-        ({"autotune_train_file": "{c}", "foundation_model": "{b}"}, "--foundation_model: autotuning makes its own"),
-        ({"autotune_train_file": "{c}", "autotune_lr": -1.0}, "--autotune_lr: expected more than 0, got -1"),
-        ({"autotune_train_file": "{c}", "autotune_lr_decay": 1.5}, "--autotune_lr_decay: expected a factor above 0"),
-        (
-            {"autotune_train_file": "{c}", "autotune_unfreeze": 0},
-            "--autotune_unfreeze: expected at least 1 epoch, got 0",
-        ),
-        (
-            {"autotune_train_file": "{c}", "autotune_unfreeze": 1, "lbfgs": True},
-            "--autotune_unfreeze: not with --lbfgs",
-        ),
-        ({"autotune_train_file": "{c}", "E0s": None}, "--E0s: expected the energy references of the quantum labels"),
-        ({"autotune_train_file": "{c}", "lora_rank": 4}, "--lora_rank: has no effect without --lora"),
-        ({"autotune_train_file": "{c}", "autotune_epochs": 0}, "--autotune_epochs: expected more than 0, got 0"),
+        ({"autotune_train_file": "gone.xyz"}, "error: --autotune_train_file: no file gone.xyz"),
+        ({"autotune_train_file": "{c}", "energy_key": "dft_energy"}, "has no energies under --energy_key=dft_energy"),
         ({"autotune_train_file": "{t}"}, "same geometry and the same energy .* classical labels were given as quantum"),
-        ({"autotune_train_file": "{w}"}, "has no C, N, which --train_file has"),
     ],
 )
 def test_bad_input(job, classical, tmp_path, changes, message):
-    water = tmp_path / "water.xyz"
-    atoms = ase.Atoms("OH2", positions=[[0, 0, 0], [0.97, 0, 0], [0, 0.97, 0]])
-    atoms.info["REF_energy"], atoms.arrays["REF_forces"] = -3.0, np.zeros((3, 3))
-    ase.io.write(water, atoms)
-    places = {"{c}": classical, "{b}": job / "base.model", "{t}": job / "train.xyz", "{w}": water}
+    places = {"{c}": classical, "{t}": job / "train.xyz"}
     options = TWO_STAGES | {"autotune_epochs": None} | {k: places.get(v, v) for k, v in changes.items()}
     done = train(job, tmp_path / "run", check=False, **options)
     assert done.returncode != 0
     assert re.search(message, " ".join(done.stdout.split())), done.stdout[-1500:]
-    assert "Epoch 0" not in done.stdout
+    assert "Epoch 0" not in done.stdout and "Traceback" not in done.stdout and "stage one:" not in done.stdout

@@ -42,6 +42,8 @@ def run(job, work, monkeypatch, **changes):
         ({"foundation_model": None}, r"--lora: expected a base model, got none; give --foundation_model"),
         ({"foundation_filter_elements": "False"}, r"re-initialises the readouts, and --lora would freeze"),
         ({"freeze": 5}, r"--freeze 5: --lora already freezes the base; drop one of the two"),
+        ({"weight_decay": 0.5}, r"--weight_decay: has no effect with --lora, .*; use --lora_weight_decay"),
+        ({"lr_params_factors": '{"readouts_lr_factor": 0}'}, r"--lr_params_factors: has no effect with --lora"),
         ({"enable_cueq": "True"}, r"upstream's conversion drops LoRA layers"),
         ({"model": "MACELES"}, r"--model MACELES: --lora supports MACE, ScaleShiftMACE and MultiScaleMACE"),
         ({"train_file": "nowhere.xyz"}, r"--train_file: no file nowhere.xyz"),
@@ -115,6 +117,23 @@ def test_consistent_but_wrong_units(job, tmp_path, monkeypatch, spoil, message):
     ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
     with pytest.raises(SystemExit, match=message):
         run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "bad.xyz", valid_file=tmp_path / "bad.xyz")
+
+
+@pytest.mark.parametrize("content", ["", "2\nProperties=species:S:1:pos:R:3\nH 0 0 0\n", "no frames"])
+def test_files_that_cannot_be_read(job, tmp_path, monkeypatch, content):
+    (tmp_path / "bad.xyz").write_text(content)
+    with pytest.raises(SystemExit, match=r"--train_file: .*bad.xyz cannot be read as structures .*empty or damaged"):
+        run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "bad.xyz")
+    (tmp_path / "folder.xyz").mkdir()
+    with pytest.raises(SystemExit, match=r"--train_file: expected a file, got the folder .*folder.xyz"):
+        run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "folder.xyz")
+
+
+def test_adapter_of_another_seed(job, tmp_path, monkeypatch):
+    model = apply_lora(torch.load(job / "base.model", weights_only=False), LoraConfig(rank=2))
+    save_adapter(model, tmp_path / "run-adapter", metadata={"run": "run_run-7"})
+    with pytest.raises(SystemExit, match=r"run-adapter holds the adapter of the run run_run-7, this is run_run-\d+;"):
+        run(job, tmp_path, monkeypatch)
 
 
 def spoil_positions(atoms):

@@ -161,6 +161,32 @@ def test_diff_finds_what_was_changed(job, adapter):
     assert f"3 of {len(rows)} rows shown" in shown
 
 
+def test_bad_files(job, tmp_path):
+    """A message, no traceback."""
+    from mace_lora.mace_plugin.base_model import save_base
+
+    save_base(embedded_base(), tmp_path / "cut")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:1000])
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "empty.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes())
+    (tmp_path / "notes.xyz").write_text("nothing")
+    test = job / "test.xyz"
+    for arguments, message in (
+        (("info", tmp_path / "cut.safetensors"), "cut.json or .safetensors is damaged"),
+        (("info", tmp_path / "x.nequip.zip"), 'this needs nequip here: pip install "equitune[nequip]"'),
+        (("evaluate", "embedded", tmp_path / "notes.xyz"), "notes.xyz: cannot be read as structures"),
+        (("evaluate", "embedded", test, "--index", "x"), "--index: expected a number or a slice such as 0:100"),
+        (("evaluate", "embedded", test, "--index", "9999"), "has no frame 9999"),
+    ):
+        done = equitune(*arguments, check=False)
+        assert done.returncode == 2 and message in " ".join(done.stdout.split()), done.stdout
+
+
+def test_evaluate_the_last_frame(job, tmp_path):
+    equitune("evaluate", "embedded", job / "test.xyz", "--index", "-1", "-o", tmp_path)
+    assert json.loads((tmp_path / "errors.json").read_text())["frames"] == 1
+
+
 def test_diff_of_different_architectures():
     a, b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)
     with pytest.raises(ValueError, match="the models differ in architecture: weight has shape"):

@@ -2,6 +2,7 @@
 
 import re
 
+import ase
 import ase.io
 import numpy as np
 import pytest
@@ -42,10 +43,19 @@ def test_from_scratch_with_swa_ema_and_restart(job, tmp_path):
     assert float(model.r_short) == 2.5 and float(model.r_max) == 5.0
     near, far = (float(m.interactions[0].avg_num_neighbors) for m in (model, model.long))
     assert near < far
+    for symbol, e0 in zip("HCNO", model.atomic_energies_fn.atomic_energies.reshape(-1).tolist(), strict=False):
+        [(energy, _)] = forces(model, [ase.Atoms(symbol)])
+        assert energy == pytest.approx(e0, abs=1e-9)
     two = {"max_num_epochs": 2, "ema": True, "seed": 3}
     train(job, tmp_path / "two", **SCRATCH | two)
     again = train(job, tmp_path / "two", **SCRATCH | two | {"max_num_epochs": 4, "restart_latest": True})
     assert "Loading checkpoint" in again.stdout
+    other = {"r_short": 2.0, "r_max": 4.0, "max_num_epochs": 6, "restart_latest": True}
+    done = train(job, tmp_path / "two", check=False, **SCRATCH | two | other)
+    expected = (
+        "differ from the checkpoint's (--r_short: 2.5 before, 2.0 now; --r_max: 5.0 before, 4.0 now); give the same"
+    )
+    assert done.returncode != 0 and expected in " ".join(done.stdout.split()), done.stdout[-1500:]
     frames = ase.io.read(job / "test.xyz", ":")
     for (e1, f1), (e2, f2) in zip(forces(model, frames), forces(load(tmp_path / "two"), frames), strict=True):
         assert np.isfinite(f1).all()
@@ -55,6 +65,27 @@ def test_from_scratch_with_swa_ema_and_restart(job, tmp_path):
     fresh = train(job, tmp_path / "swa", **SCRATCH | {"swa": True, "start_swa": 1, "max_num_epochs": 3, "ema": True})
     assert "stage two" in fresh.stdout.lower() or "swa" in fresh.stdout.lower()
     assert (tmp_path / "swa" / "run_stagetwo.model").is_file()
+
+
+def test_short_path_from_scratch_is_stock_mace(job, tmp_path):
+    """The same flags and seed give the same first weights as --model=MACE of the short cutoff."""
+    still = {"lr": 1e-30, "max_num_epochs": 1, "seed": 5}
+    train(job, tmp_path / "ms", **SCRATCH | still)
+    stock = {"model": None, "r_short": None, "r_max": 2.5, "num_channels_long": None}
+    train(job, tmp_path / "stock", **SCRATCH | still | stock)
+    mine, theirs = load(tmp_path / "ms"), load(tmp_path / "stock")
+    a, b = mine.short_model().state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys()
+    for key, value in b.items():
+        torch.testing.assert_close(a[key], value, msg=key)
+    assert float(torch.as_tensor(mine.scale_shift.shift).abs().max()) == 0
+    with torch.no_grad():
+        for readout in mine.long.readouts:
+            (readout.linear if hasattr(readout, "linear") else readout.linear_2).weight.zero_()
+    frames = ase.io.read(job / "test.xyz", ":")
+    for (e1, f1), (e2, f2) in zip(forces(mine, frames), forces(theirs, frames), strict=True):
+        assert e1 == pytest.approx(e2, abs=1e-8)
+        np.testing.assert_allclose(f1, f2, atol=1e-8)
 
 
 def test_evaluated_by_upstreams_command(job, tmp_path):
@@ -99,6 +130,15 @@ def test_around_a_foundation(job, tmp_path, coupling):
     assert again.coupling == coupling and float(again.r_max) == 8.0
     for (_, f1), (_, f2) in zip(forces(tuned, frames), forces(again, frames), strict=True):
         np.testing.assert_allclose(f1, f2, atol=1e-6)
+    wrong = {"r_max": ({"r_max": 7.0}, "--r_max: expected 8 Å, the foundation's long cutoff, got 7; leave it out")}
+    if coupling == "fused":
+        wrong["freeze"] = (
+            {"multiscale_freeze_short": True},
+            "--multiscale_freeze_short: the foundation's coupling is fused, and fused readouts belong to both paths",
+        )
+    for name, (changes, message) in wrong.items():
+        done = train(job, tmp_path / name, check=False, **options | more | changes)
+        assert done.returncode != 0 and message in " ".join(done.stdout.split()), done.stdout[-1500:]
 
 
 def test_lora_around_a_foundation_and_on_a_multiscale_base(job, tmp_path):
@@ -134,6 +174,9 @@ def test_lora_around_a_foundation_and_on_a_multiscale_base(job, tmp_path):
     [
         (SCRATCH | {"r_short": 5.0}, r"--r_max: expected the long cutoff, larger than r_short \(5 Å\), got 5 Å"),
         (SCRATCH | {"r_short": -1.0}, "--r_short: expected a length > 0 in Å, got -1"),
+        (SCRATCH | {"r_max": "nan"}, "--r_max: expected the long cutoff, a finite length > 0 in Å, got nan"),
+        (SCRATCH | {"r_max": "inf"}, "--r_max: expected the long cutoff, a finite length > 0 in Å, got inf"),
+        (SCRATCH | {"r_short": "nan"}, "--r_short: expected a length > 0 in Å, got nan"),
         (SCRATCH | {"r_short": None}, "--r_short: --model=MultiScaleMACE needs the short cutoff"),
         (SCRATCH | {"num_channels_long": -3}, "--num_channels_long: expected a whole number of at least 1, got -3"),
         (SCRATCH | {"enable_cueq": "True"}, "--enable_cueq/--enable_oeq/--only_cueq: upstream converts MACE"),
@@ -184,7 +227,15 @@ def test_pme_on_periodic_frames(job, tmp_path):
             atoms.pbc = True
         files[f"{part}_file"] = tmp_path / f"{part}.xyz"
         ase.io.write(files[f"{part}_file"], frames, format="extxyz", write_results=False)
-    train(job, tmp_path / "c", **SCRATCH | files | {"long_range": "pme"})
+    mixed = SCRATCH | files | {"long_range": "pme"}
+    for part, changes in (
+        ("validation (Default)", {"valid_file": job / "valid.xyz"}),
+        ("test (glycolamide_Default)", {"test_file": job / "test.xyz"}),
+    ):  # fmt: skip
+        done = train(job, tmp_path / part.split()[0], check=False, **mixed | changes)
+        assert f"in all directions, got {part} frame 0 without" in " ".join(done.stdout.split()), done.stdout[-1500:]
+        assert "Epoch 0" not in done.stdout
+    train(job, tmp_path / "c", **mixed)
     model = load(tmp_path / "c")
     assert type(model).__name__ == "MultiScaleMACEPME" and hasattr(model, "charges")
     again = {"foundation_model": tmp_path / "c" / "run.model", "r_short": None, "r_max": None, "hidden_irreps": None}
@@ -193,3 +244,27 @@ def test_pme_on_periodic_frames(job, tmp_path):
     frames = ase.io.read(files["valid_file"], ":")
     for (_, f1), (_, f2) in zip(forces(model, frames), forces(load(tmp_path / "d"), frames), strict=True):
         np.testing.assert_allclose(f1, f2, atol=1e-6)
+    adapted = again | {"lora": True, "lora_rank": 2, "lr": 0.01}
+    train(job, tmp_path / "e", **SCRATCH | files | adapted)
+    from mace_lora.lora.adapter import read_adapter
+
+    charges = [dict(load(tmp_path / n).charges.named_parameters()) for n in "ce"]
+    for name, before in charges[0].items():  # trained beside the adapters, not frozen
+        assert (charges[1][name] - before).abs().max() > 1e-4
+    assert "charges" in [plan.name for plan in read_adapter(tmp_path / "e" / "run-adapter").plan]
+
+
+def test_named_foundation_with_another_cutoff():
+    """Its cutoff is known once upstream has loaded it, before data are read."""
+    from argparse import Namespace
+
+    from mace_lora.mace_plugin.protocol import Run, SettingsError
+    from mace_lora.multiscale.mace import MultiscalePlugin
+
+    for flags_, message in (
+        ({"r_short": 3.0}, "--r_short: expected 6 Å, the foundation's cutoff, got 3; leave it out"),
+        ({"r_short": None}, r"--r_max: expected the long cutoff, larger than r_short \(6 Å\), got 5 Å"),
+    ):
+        args = Namespace(foundation_model="medium", r_max=6.0, **flags_)
+        with pytest.raises(SettingsError, match=message):
+            MultiscalePlugin().before_data(Run(args, [], state={"r_long": 5.0}))

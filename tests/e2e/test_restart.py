@@ -113,6 +113,11 @@ def test_restart_with_other_adapters_is_refused(job, killed):
     done = train(job, killed, check=False, lora_alpha=64, ema=True, restart_latest=True, max_num_epochs=500)
     assert done.returncode == 1
     assert "flags differ from the checkpoint's (alpha: 4.0 before, 64.0 now)" in done.stdout
+    done = train(
+        job, killed, check=False, ema=True, restart_latest=True, max_num_epochs=500, batch_size=1, lora_refit_E0s=False
+    )
+    assert done.returncode == 1
+    assert "flags differ from the checkpoint's (refit_E0s: True before, False now)" in done.stdout
     other = "{1: -13.0, 6: -1027.0, 7: -1482.0, 8: -2038.0}"
     done = train(job, killed, check=False, ema=True, restart_latest=True, max_num_epochs=500, E0s=other)
     assert done.returncode == 1

@@ -86,3 +86,25 @@ def test_points_that_do_not_fit(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match=r"expected an errors\.json of equitune evaluate"):
         read_points([f"a:5={tmp_path}/other.json"])
+
+
+def test_stress_has_intervals():
+    from mace_lora.evaluate.metrics import Predictions, intervals, stress_errors
+
+    rng = np.random.default_rng(0)
+    stress = rng.normal(size=(20, 6))
+    label = stress + 0.01 * rng.normal(size=(20, 6))
+    label[3] = np.nan  # a frame without the label
+    p = Predictions(
+        np.full(20, 2),
+        np.zeros(20),
+        np.zeros(20),
+        np.zeros((40, 3)),
+        np.zeros((40, 3)),
+        np.ones(40, int),
+        label,
+        stress,
+    )
+    found, errors = intervals(p), stress_errors(p)
+    for key, value in zip(("mae_s", "rmse_s"), errors, strict=True):
+        assert found[key][0] < value < found[key][1]

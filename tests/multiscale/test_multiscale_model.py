@@ -203,6 +203,46 @@ def test_isolated_atom_is_its_E0(coupling):
         torch.testing.assert_close(evaluate(model, Atoms(symbol))["energy"], expected)
 
 
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ("RealAgnosticResidualInteractionBlock", "RealAgnosticInteractionBlock"),
+        ("RealAgnosticDensityResidualInteractionBlock", "RealAgnosticDensityInteractionBlock"),
+        ("RealAgnosticResidualNonLinearInteractionBlock", "RealAgnosticDensityInteractionBlock"),
+        ("RealAgnosticDensityInteractionBlock", "RealAgnosticDensityInteractionBlock"),
+    ],
+)
+def test_long_path_gives_lone_atoms_nothing(first, expected):
+    """Also beside a foundation whose first block has a residual, and with it an energy of lone atoms."""
+    from mace.modules import interaction_classes
+
+    family = "nonlinear" if "NonLinear" in first else "agnostic"
+    short = build_mace(family, r_max=SHORT, interaction_cls_first=interaction_classes[first])
+    model = to_multiscale(short, LONG, LongPath(num_channels_long=4), zero=False)
+    assert type(model.long.interactions[0]).__name__ == expected
+    assert evaluate(model, ethanol())["energy_long"].abs().max() > 1e-5
+    for symbol in ("H", "C", "O"):
+        assert evaluate(model, Atoms(symbol))["energy_long"].abs().max() == 0
+
+
+@pytest.mark.parametrize("option", ["compile_mode", "enable_cueq", "enable_oeq"])
+def test_accelerations_of_stock_models_are_refused(option):
+    from mace.cli import convert_e3nn_cueq, convert_e3nn_oeq
+
+    from mace_lora.mace_plugin.startup import is_installed
+
+    if not is_installed():
+        pytest.skip("the package is not installed")
+    model = build()
+    convert = {  # what MACECalculator calls where the kernels are installed
+        "compile_mode": lambda: MACECalculator(models=[model], device="cpu", compile_mode="default"),
+        "enable_cueq": lambda: convert_e3nn_cueq.run(model),
+        "enable_oeq": lambda: convert_e3nn_oeq.run(model),
+    }
+    with pytest.raises(ValueError, match="MultiScaleMACE: MACE rebuilds a model for compile_mode, enable_cueq"):
+        convert[option]()
+
+
 @pytest.mark.parametrize("coupling", ["sum", "fused"])
 def test_script_and_file(coupling, tmp_path):
     model = build(coupling)

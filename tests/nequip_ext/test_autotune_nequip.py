@@ -1,8 +1,15 @@
 """equitune nequip-autotune: two stages of nequip-train from one YAML."""
 
 import gzip
+import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import ase
 import ase.io
@@ -15,13 +22,14 @@ from nequip_models import MODELS
 from test_lora_lifecycle import BIN, ROOT, call, close, predict
 
 import nequip_ext
+from nequip_ext.autotune import driver
 
 pytestmark = pytest.mark.nequip
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """Classical frames (the quantum set's geometries with made-up spring labels) and the two stages, shortened."""
+def springs(tmp_path_factory):
+    """Classical frames: the quantum set's geometries with made-up spring labels."""
     folder = tmp_path_factory.mktemp("autotune")
     with gzip.open(ROOT / "mace_lora" / "embedded" / "glycolamide_pbe0.extxyz.gz", "rt") as handle:
         frames = ase.io.read(handle, "0:30", format="extxyz")
@@ -33,9 +41,14 @@ def work(tmp_path_factory):
         new.info["REF_energy"], new.arrays["REF_forces"] = float((off**2).sum()), -2 * off
         classical.append(new)
     ase.io.write(folder / "classical.xyz", classical, format="extxyz")
-    log = run(folder)
-    (folder / "log").write_text(log)
     return folder
+
+
+@pytest.fixture(scope="module")
+def work(springs):
+    """The two stages, shortened."""
+    (springs / "log").write_text(run(springs))
+    return springs
 
 
 def run(folder, *overrides: str, check: bool = True, out: str = "out") -> str:
@@ -80,7 +93,8 @@ def test_as_a_labeler(work):
     labels = [labeler.label(a) for a in frames]
     expected = predict(checkpoint, "")
     assert [x.energy for x in labels] == pytest.approx([e for e, _ in expected], abs=1e-3)
-    assert [float(abs(x.forces).sum()) for x in labels] == pytest.approx([f for _, f in expected], abs=1e-2)
+    for mine, (_, forces) in zip(labels, expected, strict=True):
+        assert mine.forces.reshape(-1).tolist() == pytest.approx(forces, abs=1e-3)
     assert labeler.identity.startswith("nequip:best.ckpt#")
     with pytest.raises(ValueError, match="nequip: the model does not know Cu"):
         labeler.label(ase.Atoms("Cu"))
@@ -150,10 +164,10 @@ def test_aligning_needs_shifts(work):
         ("autotune.epoch=3", "autotune: expected the keys .* unknown: epoch"),
     ],
 )
-def test_bad_configs(work, override, message):
-    shown = " ".join(run(work, override, check=False, out="bad").split())
+def test_bad_configs(springs, override, message):
+    shown = " ".join(run(springs, override, check=False, out="bad").split())
     assert re.search(message, shown), shown[-800:]
-    assert not (work / "bad").exists()
+    assert not (springs / "bad").exists()
 
 
 def test_config_without_the_key(tmp_path):
@@ -162,3 +176,103 @@ def test_config_without_the_key(tmp_path):
     assert "autotune: expected the keys checkpoint, epochs, frames, lr, val; missing" in " ".join(shown.split())
     shown = call(BIN / "equitune", "nequip-autotune", tmp_path / "gone.yaml", check=False)
     assert "no file" in shown
+
+
+@pytest.fixture
+def stages(springs, tmp_path, monkeypatch):
+    """The driver without trainings: each leaves its checkpoints, unless told to stop before the best."""
+    calls, finish = [], {"classical": True}
+
+    def train(folder, name, out, overrides):
+        calls.append((out, driver._compose(folder, name, [*overrides, f"folder={driver._quoted(out)}"])))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "last.ckpt").write_text(str(len(calls)))
+        if finish.get(out.name, True):
+            (out / "best.ckpt").write_text(str(len(calls)))
+        else:
+            raise ValueError("stopped")
+
+    monkeypatch.setattr(driver, "_train", train)
+    monkeypatch.setattr(driver, "normalisation", lambda checkpoint: {})
+    classical = tmp_path / "a, b=(c)" / "it's [d].xyz"
+    classical.parent.mkdir()
+    shutil.copy(springs / "classical.xyz", classical)
+
+    def go(*more, out="out"):
+        return driver.run(ROOT / "recipes" / "configs", "nequip_autotune", [
+            f"folder={driver._quoted(tmp_path / out)}", f"autotune.frames={driver._quoted(classical)}",
+            "autotune.val=5", *more,
+        ], say=lambda line: None)  # fmt: skip
+
+    return go, calls, finish, classical
+
+
+def test_paths_with_characters_of_hydra(stages, tmp_path):
+    go, calls, _, classical = stages
+    go(out="a,b='(c)'=d")
+    (first, one), (second, two) = calls
+    assert first == second / "classical" == tmp_path / "a,b='(c)'=d" / "classical"
+    assert one["data"]["split_dataset"] == {"file_path": str(classical), "train": 24, "val": 5, "test": 1}
+    assert two["autotune"]["checkpoint"] == str(first / "best.ckpt")
+
+
+def test_a_changed_classical_stage_is_not_continued(stages, tmp_path):
+    go, calls, finish, classical = stages
+    finish["classical"] = False
+    with pytest.raises(ValueError, match="stopped"):
+        go()
+    text = classical.read_text()
+    classical.write_text(text.replace("REF_energy=", "REF_energy=1", 1))
+    with pytest.raises(ValueError, match=r"made with other settings \(autotune.frames: \w+ before, \w+ now\)"):
+        go()
+    classical.write_text(text)
+    with pytest.raises(ValueError, match=r"made with other settings \(batch_size: 5 before, 4 now; "):
+        go("batch_size=4")
+    finish["classical"] = True
+    go("lr=0.5", "epochs=7")  # of stage two alone
+    assert len(calls) == 3
+    go()
+    assert len(calls) == 4  # stage one is there
+    (tmp_path / "out" / "classical" / "best.ckpt").write_text("other")
+    with pytest.raises(ValueError, match=r"last.ckpt: it did not start from .*classical/best.ckpt as it is now"):
+        go()
+    (tmp_path / "out" / "classical" / "stage_one.json").unlink()
+    with pytest.raises(ValueError, match="checkpoints are left of a stage whose settings are unknown"):
+        go()
+    assert not json.loads((tmp_path / "out" / "stage_two.json").read_text())["classical"].startswith("other")
+
+
+def test_levels_are_checked_before_training(stages, springs):
+    go, calls, _, classical = stages
+    frames = ase.io.read(springs / "classical.xyz", ":")
+    for atoms in frames:
+        atoms.numbers[atoms.numbers == 7] = 8
+    ase.io.write(classical, frames, format="extxyz")
+    with pytest.raises(ValueError, match=r"autotune.frames: .* has no N, which frames of the config has"):
+        go()
+    quantum = ase.io.read(ROOT / "mace_lora" / "embedded" / "glycolamide_pbe0.extxyz.gz", "0:30", format="extxyz")
+    ase.io.write(classical, quantum, format="extxyz")
+    with pytest.raises(
+        ValueError, match=r"same geometry and the same energy .* classical labels were given as quantum"
+    ):
+        go()
+    assert not calls
+
+
+def test_training_ends_with_the_driver(tmp_path):
+    """SIGTERM to the driver alone."""
+    fake = tmp_path / "nequip-train"
+    fake.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/pid\nexec sleep 100\n")
+    fake.chmod(0o755)
+    code = (
+        f"import sys; sys.executable = '{tmp_path}/python'\nfrom pathlib import Path\n"
+        f"from nequip_ext.autotune import driver\ndriver._train(Path(), 'x', Path('{tmp_path}/out'), [])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    end = time.time() + 60
+    while not (tmp_path / "pid").exists() and time.time() < end:
+        time.sleep(0.05)
+    child = int((tmp_path / "pid").read_text())
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not Path(f"/proc/{child}").exists()

@@ -96,6 +96,28 @@ def test_short_path_sees_short_edges_only():
     assert 0 < seen["layer0_convnet"] == int((lengths < MODEL["r_short"]).sum()) < len(lengths)
 
 
+@pytest.mark.parametrize("key", ["avg_num_neighbors", "avg_num_neighbors_short"])
+def test_each_path_has_its_number_of_neighbours(key):
+    """NequIP keeps the factor of the first path in the data; the second must not take it."""
+    both = {"avg_num_neighbors": 6.0, "avg_num_neighbors_short": 2.0}
+    few, many = (build("multiscale", **both | {key: n}) for n in (1.5, 24.0))
+    left = []
+    last = next(m for n, m in few.named_modules() if n.endswith(".all_edges"))
+    last.register_forward_hook(lambda module, args, out: left.append(AtomicDataDict.FEATURE_NORM_FACTOR_KEY in out))
+    energies = [float(energy_forces(m, molecule())[0]) for m in (few, many)]
+    assert abs(energies[0] - energies[1]) > 1e-4
+    assert left == [False]
+    of_each = dict.fromkeys(MODEL["type_names"], 1.5)
+    same = energy_forces(build("multiscale", **both | {key: of_each}), molecule())[0]
+    assert float(same) == pytest.approx(energies[0], abs=1e-9)
+
+
+def test_neighbours_of_each_type_are_scaled_with_the_volume():
+    of_each = dict.fromkeys(MODEL["type_names"], 6.0)
+    energies = [float(energy_forces(build("multiscale", avg_num_neighbors=n), molecule())[0]) for n in (6.0, of_each)]
+    assert energies[0] == pytest.approx(energies[1], abs=1e-9)
+
+
 def test_with_a_pair_potential():
     """ZBL gets all edges back, with their normed lengths."""
     zbl = {"_target_": "nequip.nn.pair_potential.ZBL", "units": "metal", "chemical_species": ["H", "C", "O"]}
@@ -125,6 +147,16 @@ def test_lora_on_both_paths():
         ({"multiscale_coupling": "mean"}, "multiscale_coupling: expected one of sum, fused, got 'mean'"),
         ({"num_channels_long": 0}, "num_channels_long: expected a positive whole number, got 0"),
         ({"num_layers_long": -2}, "num_layers_long: expected a positive whole number, got -2"),
+        ({"max_L_long": -1}, "max_L_long: expected a whole number of at least 0, got -1"),
+        ({"max_L_long": 1.5}, "max_L_long: expected a whole number of at least 0, got 1.5"),
+        ({"l_max": -1}, "l_max: expected a whole number of at least 0, got -1"),
+        ({"radial_hidden_long": -4}, "radial_hidden_long: expected a whole number of at least 0, got -4"),
+        ({"num_features": float("nan")}, "num_features: expected a positive whole number, got nan"),
+        ({"num_bessels": "8"}, "num_bessels: expected a positive whole number, got '8'"),
+        ({"r_max": float("inf")}, "r_max: expected a finite length > 0 in Å, got inf"),
+        ({"avg_num_neighbors": None}, "avg_num_neighbors: expected a finite number > 0, got None"),
+        ({"avg_num_neighbors": -3}, "avg_num_neighbors: expected a finite number > 0, got -3"),
+        ({"avg_num_neighbors_short": float("nan")}, "avg_num_neighbors_short: expected a finite number > 0, got nan"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -1,0 +1,88 @@
+"""Recipes and benchmark of the transfer: their folders, labels and tables; no training."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import typer
+from autotune_frames import labelled
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_laptop_scale_has_enough_classical_frames():
+    sizes = script("recipes/t_painn_qm9.py").SCALES["laptop"]
+    made = sizes["molecules"] * (3 * -(-sizes["md"] // 3) + sizes["rattle"]) - sizes["quantum"]
+    assert 0.9 * made >= 20_000  # some molecules and rattled frames are refused
+
+
+def test_a_folder_keeps_its_scale(tmp_path):
+    qm9, water = script("recipes/t_painn_qm9.py"), script("recipes/t_painn_water.py")
+    qm9.claim(tmp_path / "q", {"scale": "smoke", "classical": "mmff94", "quantum": "gfn2-xtb"})
+    with pytest.raises(typer.BadParameter, match=r"has other settings .*scale: 'smoke' before, 'laptop' now"):
+        qm9.claim(tmp_path / "q", {"scale": "laptop", "classical": "mmff94", "quantum": "gfn2-xtb"})
+    assert water.claim(tmp_path / "w", "smoke", "openmm:spce.xml")["frames"] == 6
+    for scale, message in (("laptop", "scale: 'smoke' before, 'laptop' now"), ("big", "expected one of smoke, laptop")):
+        with pytest.raises(typer.BadParameter, match=message):
+            water.claim(tmp_path / "w", scale, "openmm:spce.xml")
+
+
+@pytest.mark.parametrize("keys", [("energy", "forces"), ("REF_energy", "REF_forces")])
+def test_quantum_files_keep_their_labels(tmp_path, keys, monkeypatch):
+    atoms = labelled("OH2", -3.0)
+    wanted = atoms.arrays["REF_forces"].copy()
+    atoms.info[keys[0]], atoms.arrays[keys[1]] = atoms.info.pop("REF_energy"), atoms.arrays.pop("REF_forces")
+    atoms.set_cell([9.0] * 3)
+    ase.io.write(tmp_path / "dft.xyz", atoms, format="extxyz")
+    (found,) = script("recipes/t_painn_water.py").quantum_frames(tmp_path / "dft.xyz")
+    assert found.pbc.all() and found.info["REF_energy"] == -3.0
+    np.testing.assert_allclose(found.arrays["REF_forces"], wanted, atol=1e-6)
+    qm9, folder = script("recipes/t_painn_qm9.py"), tmp_path / "out"
+    made = {"start.xyz": 3, "md.xyz": 90}  # in place of hours of dynamics
+    folder.mkdir()
+    for name, count in made.items():
+        ase.io.write(folder / name, [labelled("OH2", 0.0, k) for k in range(count)], format="extxyz")
+    monkeypatch.setattr(qm9, "label", lambda frames, out, *more, **options: ase.io.write(out, ase.io.read(frames, ":")))
+    monkeypatch.setattr(qm9, "rattle", lambda atoms, *more: atoms)
+    qm9.prepare(tmp_path / "dft.xyz", quantum=str(tmp_path / "dft.xyz"), scale="smoke", workers=1, folder=folder)
+    (kept,) = ase.io.read(folder / "quantum.xyz", ":")
+    assert kept.info["REF_energy"] == -3.0
+    np.testing.assert_allclose(kept.arrays["REF_forces"], wanted, atol=1e-6)
+    assert json.loads((folder / "settings.json").read_text())["scale"] == "smoke"
+
+
+def row(method: str, lr: float, seed: int, raw: float, **more) -> dict:
+    errors = {"mae_e": raw, "mae_e_refit": 10.0, "mae_f": 20.0}
+    return {
+        "molecule": "ethanol", "method": method, "count": 50, "lr": lr, "seed": seed, "curve": [[0, 9.0], [1, 5.0]],
+        "valid": errors, "test": errors, **more,
+    }  # fmt: skip
+
+
+def test_benchmark_table(tmp_path, monkeypatch):
+    pytest.importorskip("mace")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = script("benchmarks/autotune_mace.py")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    rows = [row("scratch", lr, 0, 80.0) for lr in (0.005, 0.01, 0.02)]
+    rows += [row("scratch", 0.005, seed, 80.0) for seed in (1, 2)]
+    rows += [row("autotune", 0.01, 0, 40.0), row("autotune", 0.01, 0, 16.0, energies="refit")]
+    for number, content in enumerate(rows):
+        (tmp_path / "runs" / f"{number}.json").write_text(json.dumps(content))
+    bench.table()
+    text = (tmp_path / "autotune_mace.md").read_text()
+    assert "| 50 | scratch | as trained | 0.005 | 3 | 80.0 (80.0–80.0) |" in text
+    assert "| 50 | autotune | as trained | 0.01 | 1* | 40.0 | 10.0 | 20.0 | 2.00 | 1.00 | 1.00 |" in text
+    assert "| 50 | autotune | refit | 0.01 | 1* | 16.0 | 10.0 | 20.0 | 5.00 | 1.00 | 1.00 |" in text
+    assert (tmp_path / "autotune_mace.png").read_bytes().startswith(b"\x89PNG")
