@@ -218,10 +218,11 @@ def table(results: Results = RESULTS) -> None:
         groups.setdefault((row["set"], row["method"]), []).append(row)
     lines = ["# LoRA in NequIP at 50 + 50 labels", "", __doc__.split("\n\n")[1].replace("\n", " "), ""]
     lines += [f"E in meV (whole frame), F in meV/Å, median (min–max) over seeds; nequip {version('nequip')}, "
-              f"{datetime.date.today()}, one CPU thread a run.", ""]  # fmt: skip
+              f"{datetime.date.today()}, one CPU thread a run. Values trained, time and memory of a step: "
+              "[nequip_cost.md](nequip_cost.md).", ""]  # fmt: skip
     lines += [
-        "| set | method | lr | seeds | E MAE | E MAE, refit | F MAE | F RMSE |",
-        "|---|---|---|---|---|---|---|---|",
+        "| set | method | lr | seeds | E MAE | E MAE, refit | F MAE | F RMSE | min |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (name, method), group in sorted(groups.items()):
         first = min(r["seed"] for r in group)
@@ -234,7 +235,9 @@ def table(results: Results = RESULTS) -> None:
                 cells.append("–" if key == "mae_e" else f"{values[0]:.1f}")
                 continue
             cells.append(f"{median(values):.1f} ({min(values):.1f}–{max(values):.1f})")
-        lines.append(f"| {name} | {method} | {best:g} | {len(mine)} | {' | '.join(cells)} |")
+        minutes = median(r.get("wall_s", 0.0) for r in group if r["lr"] == best) / 60
+        took = f"{minutes:.1f}" if minutes else "–"
+        lines.append(f"| {name} | {method} | {best:g} | {len(mine)} | {' | '.join(cells)} | {took} |")
     write_text(results.parent / "nequip_lora.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"written: {results.parent / 'nequip_lora.md'}")
