@@ -20,6 +20,7 @@ __all__ = ["NequipStudent", "check_config", "compose"]
 
 _NAME = "equitune_student"
 _GAMMA = "training_module.lr_scheduler.scheduler.gamma"
+_SHIPPED = 0.98  # of the ExponentialLR in our configs; another schedule is the user's
 _ENERGY, _FORCES = "val0_epoch/per_atom_energy_mae", "val0_epoch/forces_mae"
 
 
@@ -91,7 +92,7 @@ class NequipStudent:
             **training.flags,
         }
         out |= {"epochs": training.epochs, "lr": lr}
-        if OmegaConf.select(compose(self.config), _GAMMA) is not None and _GAMMA not in out:
+        if OmegaConf.select(compose(self.config), _GAMMA) == _SHIPPED and _GAMMA not in out:
             out[_GAMMA] = round(0.05 ** (1 / training.epochs), 6)  # of an epoch: as for MACE students
         if start is not None:
             out["start"] = str(start)

@@ -71,9 +71,9 @@ def sources(data: Path) -> list[Source]:
         if not path.is_file() or path.suffix not in {".xyz", ".extxyz", ".npz", ".gz", ".traj", ".db"}:
             continue
         stem = re.sub(r"\.(gz|xyz|extxyz|npz|traj|db)$", "", re.sub(r"\.gz$", "", path.name))
-        part = re.search(r"(?i)(train|valid|val|test)", stem)
-        kind = part.group(1).lower() if part else ""
-        common = re.sub(r"(?i)[_.-]*(train|valid|val|test)[0-9]*(?=[_.-]|$)", "", stem).strip("_.-")
+        part = re.findall(r"(?i)(?:^|[_.-])(train|valid|val|test)[0-9]*(?=[_.-]|$)", stem)
+        kind = part[-1].lower() if part else ""
+        common = re.sub(r"(?i)(^|[_.-])(train|valid|val|test)[0-9]*(?=[_.-]|$)", "", stem).strip("_.-")
         folder = "_".join(path.parent.relative_to(data).parts)
         name = "_".join(p for p in (folder, common) if p) or data.name
         groups.setdefault(name, {}).setdefault("valid" if kind == "val" else kind, []).append(path)
@@ -213,6 +213,7 @@ def run(
 def table(folder: Folder = Path("lora-27")) -> None:
     """Write report.md and improvement.png from the finished runs, at the largest number of epochs that there is."""
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    rows = [r for r in rows if "epochs" in r]  # others are of an earlier version
     runs = [json.loads(path.read_text()) for path in sorted((folder / "settings").glob("*.json"))]
     epochs = max((r["epochs"] for r in rows), default=0)
     groups: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}

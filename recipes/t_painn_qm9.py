@@ -32,7 +32,7 @@ import typer
 import yaml
 
 from mace_lora.atomic import atomic_path, write_text
-from mace_lora.augment import Schedule, keep_sound, label, rattle, sample_md
+from mace_lora.augment import Schedule, keep_sound, label, open_labeler, rattle, sample_md
 from mace_lora.augment.perturb import bare
 from mace_lora.autotune.advice import with_labels
 from mace_lora.lora.energies import solve_offsets
@@ -96,12 +96,14 @@ def prepare(
     if scale not in SCALES:
         raise typer.BadParameter(f"expected one of {', '.join(SCALES)}, got {scale!r}", param_hint="--scale")
     sizes: dict[str, Any] = SCALES[scale]
-    claim(folder, {"scale": scale, "classical": classical, "quantum": quantum})
+    for method in (classical, *([] if Path(quantum).is_file() else [quantum])):
+        open_labeler(method)  # a wrong name before the folder is claimed
     starts = [bare(a) for a in ase.io.read(molecules, ":") if {*a.get_chemical_symbols()} <= {*"HCNO"}]
     for atoms in starts:
         atoms.set_cell(None)
         atoms.pbc = False
     starts = starts[: sizes["molecules"]]
+    claim(folder, {"scale": scale, "classical": classical, "quantum": quantum})
     if not (folder / "start.xyz").exists():  # those that the classical potential can describe
         label(starts, folder / "start.xyz", classical, workers=workers)
     starts = [bare(a) for a in ase.io.read(folder / "start.xyz", ":")]

@@ -99,13 +99,14 @@ def train(
     folder: Folder = Path("t-painn-water"),
 ) -> None:  # fmt: skip
     """Classical frames and labels, then both trainings for every number of labels."""
+    open_labeler(classical)  # a wrong name before the folder is claimed
+    frames = quantum_frames(data)
     sizes = claim(folder, scale, classical)
     if not (folder / "md.xyz").exists():
         boxes = [pack([molecule("O")], [64], density, seed=k) for k, density in enumerate((0.95, 1.0, 1.05))]
         schedules = [Schedule(t, t, sizes["frames"], 20.0, 0.5, 0.05, 1000.0) for t in (280.0, 330.0, 400.0)]
         sample_md(boxes, folder / "md.xyz", classical, schedules, seed=1, workers=workers)
     label(folder / "md.xyz", folder / "classical.xyz", classical, workers=workers)
-    frames = quantum_frames(data)
     fixed = np.random.default_rng(0).permutation(len(frames))
     test, rest = fixed[: sizes["test"]], fixed[sizes["test"] :]
     for seed in map(int, seeds.split(",")):

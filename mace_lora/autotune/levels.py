@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ase
 import ase.io
@@ -33,8 +34,13 @@ class Source:
     frames: Sequence[ase.Atoms]
 
 
-def read_source(setting: str, path: str | Path) -> Source:
+def read_source(setting: str, path: str | Path, **arguments: Any) -> Source:
     """Read a file of frames.
+
+    Args:
+        setting: that names it.
+        path: the file.
+        arguments: of ``ase.io.read``, e.g. format and index.
 
     Raises:
         SettingsError: no such file, nothing that ASE reads, or no frames.
@@ -43,7 +49,7 @@ def read_source(setting: str, path: str | Path) -> Source:
     if not file.exists():
         raise SettingsError(f"{setting}: no file {file}")
     try:
-        frames = ase.io.read(file, ":")
+        frames = ase.io.read(file, **({"index": ":"} | arguments))
     except Exception as err:  # readers of many formats, each with errors of its own
         raise SettingsError(
             f"{setting}: expected frames in a format that ASE reads (extxyz …), cannot read {file} "

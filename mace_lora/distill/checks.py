@@ -30,6 +30,8 @@ _SHOWN = 256  # distances that a frame is compared by
 
 def check_flags_of(config: Distillation, path: Path) -> None:
     """Refuse flags, potentials and NequIP configs that a training would refuse hours later."""
+    from .students import MaceStudent
+
     if config.teacher.potential is not None:
         open_labeler(config.teacher.potential)
     elif config.teacher.labelled is None:
@@ -53,8 +55,6 @@ def check_flags_of(config: Distillation, path: Path) -> None:
         return
     new = config.student.flags
     _check(new, new, f"{path}: student.flags", ("lora", "multiscale"))
-    if "E0s" not in new:
-        raise ValueError(f"{path}: student.flags: expected E0s, e.g. average, or isolated-atom energies")
     for name in ("pretrain", "finetune", "direct"):
         training = getattr(config.student, name)
         if training is None:
@@ -63,9 +63,12 @@ def check_flags_of(config: Distillation, path: Path) -> None:
         for key in _ARCHITECTURE & mine.keys():
             raise ValueError(f"{where}: {key} belongs to student.flags: all trainings are of one architecture")
         if name == "finetune":
-            _check({"foundation_model": "pretrained.model"} | mine, mine, where, ("lora",))
-        else:
-            _check(new | mine, new | mine, where, ("lora", "multiscale"))
+            every = MaceStudent(config).settings(training, training.lrs[0], Path("pretrained"))
+            _check(every, mine, where, ("lora",))
+            continue
+        _check(new | mine, new | mine, where, ("lora", "multiscale"))
+        if "E0s" not in new | mine:
+            raise ValueError(f"{path}: student.flags: expected E0s, e.g. average, or isolated-atom energies")
 
 
 def _check(flags: dict[str, Any], given: dict[str, Any], where: str, plugins: tuple[str, ...]) -> None:
@@ -141,9 +144,6 @@ def check_frames(config: Distillation, path: Path) -> None:
                 raise ValueError(
                     f"{path}: teacher.labelled: frame {i}: expected finite labels REF_energy and REF_forces in all"
                 )
-            missing = sorted(set(atoms.get_chemical_symbols()) - known)
-            if missing:
-                raise ValueError(f"{path}: teacher.labelled: frame {i}: {', '.join(missing)} is in no training frame")
     if config.filter.duplicates is not None and not (
         config.teacher.flags or (config.teacher.potential or "").startswith("mace:")
     ):
@@ -185,13 +185,13 @@ class Places:
     """Frames by their geometry: finds equal ones, also when moved, turned, wrapped or renumbered."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[Any, ...], list[tuple[np.ndarray, str]]] = {}
+        self.known: dict[tuple[Any, ...], list[tuple[np.ndarray, ase.Atoms, str]]] = {}
         self.stacked: dict[tuple[Any, ...], np.ndarray] = {}
 
     def add(self, atoms: ase.Atoms, name: str) -> None:
         """Remember a frame."""
         kind, values = _geometry(atoms)
-        self.known.setdefault(kind, []).append((values, name))
+        self.known.setdefault(kind, []).append((values, atoms, name))
         self.stacked.pop(kind, None)
 
     def find(self, atoms: ase.Atoms) -> str | None:
@@ -200,9 +200,32 @@ class Places:
         if kind not in self.known:
             return None
         if kind not in self.stacked:
-            self.stacked[kind] = np.array([v for v, _ in self.known[kind]])
-        far = np.abs(self.stacked[kind] - values).max(axis=1)
-        return self.known[kind][int(far.argmin())][1] if far.min() <= _SAME else None
+            self.stacked[kind] = np.array([v for v, _, _ in self.known[kind]])
+        near = np.nonzero(np.abs(self.stacked[kind] - values).max(axis=1) <= _SAME)[0]
+        found = (self.known[kind][i] for i in near)
+        return next((name for _, other, name in found if len(atoms) <= 3 or _equal(atoms, other)), None)
+
+
+def _equal(one: ase.Atoms, other: ase.Atoms) -> bool:
+    """Whether all distances agree for each pair of elements: a lattice may be occupied in several ways."""
+    (kinds, distances), (their_kinds, theirs) = _pairs(one), _pairs(other)
+    return np.array_equal(kinds, their_kinds) and np.allclose(distances, theirs, rtol=0, atol=2 * _SAME)
+
+
+def _pairs(atoms: ase.Atoms) -> tuple[np.ndarray, np.ndarray]:
+    """Kinds of all pairs of atoms and their distances in Å, sorted by both."""
+    i, j = np.triu_indices(len(atoms), 1)
+    z = atoms.numbers
+    kind = 1000 * np.minimum(z[i], z[j]) + np.maximum(z[i], z[j])
+    distance = _distances(atoms)
+    order = np.lexsort((distance, kind))
+    return kind[order], distance[order]
+
+
+def _distances(atoms: ase.Atoms) -> np.ndarray:
+    """Distances of all pairs, nearest images, Å."""
+    found: np.ndarray = atoms.get_all_distances(mic=bool(atoms.pbc.any()))[np.triu_indices(len(atoms), 1)]
+    return found
 
 
 def _geometry(atoms: ase.Atoms) -> tuple[tuple[Any, ...], np.ndarray]:
@@ -214,6 +237,6 @@ def _geometry(atoms: ase.Atoms) -> tuple[tuple[Any, ...], np.ndarray]:
         cell = atoms.cell.array if atoms.pbc.any() else np.zeros((3, 3))
         return (tuple(atoms.numbers), tuple(atoms.pbc)), np.concatenate([atoms.positions, cell]).ravel()
     kind = (atoms.get_chemical_formula(), tuple(sorted(atoms.pbc)))
-    distances = np.sort(atoms.get_all_distances(mic=bool(atoms.pbc.any()))[np.triu_indices(len(atoms), 1)])
+    distances = np.sort(_distances(atoms))
     shown = distances[np.linspace(0, len(distances) - 1, min(_SHOWN, len(distances))).astype(int)]
     return kind, np.append(shown, np.cbrt(abs(atoms.cell.volume)) if atoms.pbc.any() else 0.0)

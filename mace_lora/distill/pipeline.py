@@ -159,6 +159,10 @@ def _fit(
         for lr, mine in every.items()
     }
     valid = {lr: json.loads((place / "valid.json").read_text()) for lr, place in found.items()}
+    for lr, place in found.items():
+        if "mae_e_refit" not in valid[lr]:  # of an earlier version
+            validate(f"{how.kind}:{how.model(place)}", data, place)
+            valid[lr] = json.loads((place / "valid.json").read_text())
     scores = {lr: _score(row) for lr, row in valid.items()}
     best = min(scores, key=lambda lr: scores[lr])
     if not np.isfinite(scores[best]):

@@ -141,17 +141,20 @@ def _check_same_base(files: Mapping[str, AdapterFile]) -> None:
 def _only_references(other: AdapterFile, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two adapters are of one foundation and differ in the E0s alone, which the second can make up for."""
     same = ("foundation_fingerprint", "foundation_head", "elements", "heads")
-    known = a.get("foundation_fingerprint") is not None and difference(a.get("E0s"), b.get("E0s")) is not None
+    change = difference(a.get("E0s"), b.get("E0s"), b.get("heads", ()))
+    known = a.get("foundation_fingerprint") is not None and change is not None
     return known and all(a.get(k) == b.get(k) for k in same) and MODULE in [p.name for p in other.plan]
 
 
 @torch.no_grad()
 def _own_references(model: nn.Module, name: str, files: Mapping[str, AdapterFile]) -> None:
     """Give an adapter the E0s it was trained with, on a base that has the first adapter's."""
-    change = difference(files[name].metadata.get("E0s"), files[next(iter(files))].metadata.get("E0s"))
-    if change is None or not change.any():
-        return
-    update = adapter_layers(model)[MODULE].lora_dense[name][BUFFER]
+    first, mine = files[next(iter(files))].metadata, files[name].metadata
+    change = difference(mine.get("E0s"), first.get("E0s"), first.get("heads", ()))
+    layer = adapter_layers(model).get(MODULE)
+    if change is None or not change.any() or layer is None or BUFFER not in layer.lora_dense.get(name, {}):
+        return  # without a shift of its own the fingerprints, and so the E0s, are the same
+    update = layer.lora_dense[name][BUFFER]
     update += torch.as_tensor(change).to(update).reshape(update.shape)
 
 

@@ -44,17 +44,18 @@ def reference_plan() -> ModulePlan:
     return ModulePlan(MODULE, {}, (BUFFER,))
 
 
-def difference(before: Any, now: Any) -> np.ndarray | None:
+def difference(before: Any, now: Any, heads: Sequence[str]) -> np.ndarray | None:
     """Change of energy references, before minus now, (heads, elements) in eV; None unless they name the same.
 
     Args:
-        before, now: ``E0s`` of two adapters: head -> atomic number -> eV.
+        before, now: ``E0s`` of two adapters: head -> atomic number -> eV; files sort their heads.
+        heads: in the model's order.
     """
-    if not isinstance(before, dict) or not isinstance(now, dict) or list(before) != list(now):
+    if not isinstance(before, dict) or not isinstance(now, dict) or not {*before} == {*now} == {*heads}:
         return None
     if any(before[h].keys() != now[h].keys() for h in now):
         return None
-    return np.array([[float(before[h][z]) - float(now[h][z]) for z in sorted(now[h], key=int)] for h in now])
+    return np.array([[float(before[h][z]) - float(now[h][z]) for z in sorted(now[h], key=int)] for h in heads])
 
 
 def solve_offsets(counts: np.ndarray, residual: np.ndarray) -> np.ndarray:

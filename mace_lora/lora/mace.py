@@ -237,7 +237,8 @@ def _keep_references(run: Run, saved: Mapping[str, Any], model: nn.Module) -> No
         update.zero_()
         logging.info("equitune: --lora_refit_E0s False: the shift of the energy references in the adapter is dropped")
         return
-    change = difference(saved.get("E0s"), run.state["lora_metadata"].get("E0s"))
+    mine = run.state["lora_metadata"]
+    change = difference(saved.get("E0s"), mine.get("E0s"), mine.get("heads", ()))
     if change is not None and change.size == update.numel():
         update += torch.as_tensor(change).to(update).reshape(update.shape)
 

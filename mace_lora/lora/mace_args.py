@@ -101,7 +101,8 @@ def refuse_conflicts(args: argparse.Namespace) -> None:
             "random readouts; leave it True"
         )
     for flag, instead in (("weight_decay", "--lora_weight_decay"), ("lr_params_factors", "--lora_targets")):
-        if getattr(args, flag) != default_of(flag):
+        used_before = flag == "weight_decay" and getattr(args, "autotune_train_file", None)  # by the classical stage
+        if getattr(args, flag) != default_of(flag) and not used_before:
             raise SettingsError(f"--{flag}: has no effect with --lora, whose parameters are one group; use {instead}")
     if args.freeze:
         raise SettingsError(f"--freeze {args.freeze}: --lora already freezes the base; drop one of the two")

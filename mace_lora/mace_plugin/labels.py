@@ -39,8 +39,12 @@ def data_hashes(args: argparse.Namespace) -> dict[str, str]:
     return out
 
 
-def check_files(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace, largest: float = MAX_FORCE) -> None:
     """Check every data file named on the command line.
+
+    Args:
+        args: upstream's.
+        largest: force component beyond which a label is absurd, eV/Å.
 
     Raises:
         SettingsError: a missing file, a file without labels under the requested keys, a NaN or
@@ -57,7 +61,7 @@ def check_files(args: argparse.Namespace) -> None:
         energies = forces = 0
         for index, atoms in enumerate(frames):
             where = f"--{flag}: {path} frame {index} ({atoms.get_chemical_formula()})"
-            energy, force = _check_frame(atoms, args, where)
+            energy, force = _check_frame(atoms, args, where, largest)
             energies, forces = energies + energy, forces + force
         if flag != "test_file":
             _check_labelled(args, f"--{flag}: {path}", frames, energies, forces)
@@ -93,7 +97,7 @@ def _check_labelled(args: argparse.Namespace, where: str, frames: list[ase.Atoms
         )
 
 
-def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> tuple[bool, bool]:
+def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str, limit: float) -> tuple[bool, bool]:
     """Check one frame; returns whether it has an energy and forces."""
     if not np.isfinite(atoms.positions).all():
         raise SettingsError(f"{where}: positions contain NaN or infinity; remove the frame")
@@ -114,9 +118,9 @@ def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> tupl
             atom = int(np.argwhere(~np.isfinite(array))[0, 0])
             raise SettingsError(f"{where}: force label of atom {atom} is NaN or infinite; remove or relabel the frame")
         largest = float(np.abs(array).max(initial=0.0))
-        if largest > MAX_FORCE:
+        if largest > limit:
             raise SettingsError(
-                f"{where}: force label of {largest:.4g} eV/A is absurd (limit {MAX_FORCE:g}); expected eV/A, check the "
+                f"{where}: force label of {largest:.4g} eV/A is absurd (limit {limit:g}); expected eV/A, check the "
                 "units, or remove the frame"
             )
     return energy is not None, forces is not None

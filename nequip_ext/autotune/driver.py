@@ -121,7 +121,10 @@ def _check_levels(classical: Source, config: dict[str, Any]) -> None:
     places = [data, *(parts if isinstance(parts, list) else [parts])]
     paths = [p[key] for p in places for key in _FILES if p.get(key)]
     paths = [q for p in paths for q in (p if isinstance(p, list) else [p]) if "${" not in str(q)]
-    quantum = [read_source("frames of the config", p) for p in dict.fromkeys(map(str, paths))]
+    if not str(data.get("_target_", "")).endswith("ASEDataModule"):
+        return  # other modules have files and labels of their own
+    arguments = data.get("ase_args") or {}
+    quantum = [read_source("frames of the config", p, **arguments) for p in dict.fromkeys(map(str, paths))]
     mapping = data.get("key_mapping") or {}
     key = next((k for k, v in mapping.items() if v == "total_energy"), "energy")
     check_elements(classical, quantum)

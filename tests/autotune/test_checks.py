@@ -37,7 +37,6 @@ def test_sound_commands(arguments, frames_file):
         ({"lora_rank": 4}, "--lora_rank: has no effect without --lora"),
         ({"dry_run": True}, "--dry_run: not with --autotune_train_file"),
         ({"swa": True, "autotune_lr_decay": 0.5}, r"--autotune_lr_decay: not with --swa \(--stage_two\)"),
-        ({"autotune_unfreeze": 4}, "--autotune_unfreeze: the lowest of 3 blocks .* epoch 12, .* at most 3, got 4"),
         ({"lora": True, "autotune_rescale": True}, "--autotune_rescale: not with --lora"),
         ({"lora": True, "autotune_refit_E0s": False}, "--autotune_refit_E0s: not with --lora; give --lora_refit_E0s"),
         ({"lora": True, "lora_rank": 0}, "--lora_rank: .*got 0"),

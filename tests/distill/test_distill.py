@@ -287,6 +287,39 @@ def test_equal_frames_are_found_however_they_lie(periodic):
     assert seen.find(moved) == "first" and seen.find(other) is None
 
 
+def test_orderings_of_a_lattice_are_different_frames():
+    from ase.build import bulk
+
+    from mace_lora.distill.checks import Places
+
+    cell = bulk("Cu", cubic=True) * (3, 3, 3)
+    seen = Places()
+    for pair in ((0, 1), (0, 60)):
+        alloy = cell.copy()
+        alloy.symbols[list(pair)] = "Au"
+        assert seen.find(alloy) is None
+        seen.add(alloy, str(pair))
+        assert seen.find(alloy) == str(pair)
+    moved = alloy.copy()
+    moved.positions[50] += [0.01, 0, 0]  # one of many equal atoms
+    assert seen.find(moved) is None
+
+
+def test_sound_configs(place):
+    """What must not be refused: LoRA in the fine-tuning, references given with the trainings."""
+    content = yaml.safe_load(yaml.safe_dump(CONFIG))
+    content["student"]["finetune"]["flags"] = {"lora": True, "lora_rank": 4}
+    del content["student"]["flags"]["E0s"]
+    for name in ("pretrain", "direct"):
+        content["student"][name]["flags"] = {"E0s": "average"}
+    (place / "sound.yaml").write_text(yaml.safe_dump(content))
+    read_config(place / "sound.yaml")
+    content["student"]["flags"]["weight_decay"] = 0.1
+    (place / "unsound.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"student\.finetune\.flags: --weight_decay: has no effect with --lora"):
+        read_config(place / "unsound.yaml")
+
+
 def test_verdict_without_energy_labels():
     nan = float("nan")
     found = outcome(50.0, 100.0, [(0, nan, 90)], [(4, nan, 120)])

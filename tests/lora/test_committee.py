@@ -20,7 +20,7 @@ from mace_lora import LoraConfig, adapter_names, apply_lora, fingerprint, load_a
 from mace_lora.lora import calculator as calculator_module
 from mace_lora.lora.calculator import load_calculator
 from mace_lora.lora.committee import Committee, committee_predict, load_committee
-from mace_lora.lora.energies import reference_plan
+from mace_lora.lora.energies import difference, reference_plan
 from mace_lora.lora.inject import (
     adapter_layers,
     apply_plan,
@@ -367,6 +367,15 @@ def test_adapters_of_one_foundation_keep_their_own_energy_references(tmp_path):
         calc.set_adapter(name)
         assert_same(evaluate(calc, ethanol()), evaluate(single, ethanol()))
     assert_committee(load_committee(foundation, folders), list(calculators.values()), ethanol())
+
+
+def test_differences_of_references_follow_the_heads_of_the_model():
+    """Files have their heads in alphabetical order."""
+    before, now = ({h: {"8": a + b, "1": a} for h, b in (("Default", 0.5), ("pt_head", 2.0))} for a in (1.0, 0.0))
+    now["pt_head"]["8"] = 1.0
+    expected = [[1.0, 2.0], [1.0, 1.0]]
+    np.testing.assert_allclose(difference(before, now, ["pt_head", "Default"]), expected)
+    assert difference(before, now, ["Default"]) is None and difference(None, now, ["Default"]) is None
 
 
 def test_second_adapter_in_another_precision(tmp_path):
