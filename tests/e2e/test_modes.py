@@ -155,5 +155,5 @@ def test_multi_head_foundation(job, replayed, tmp_path):
     assert np.isfinite(model_errors(merged, dft_frames("test", 3)).mae_f)
     for tuned, more in ((tmp_path / "run-adapter", ()), (tmp_path / "run.model", ("--head", "Default"))):
         assert "rows shown" in launch([BIN / "equitune", "diff", multi, tuned, *more]).stdout
-    done = launch([BIN / "equitune", "diff", multi, tmp_path / "run.model"], check=False)
+    done = launch([BIN / "equitune", "diff", multi, tmp_path / "run.model", "--head", "nonsense"], check=False)
     assert done.returncode == 2 and "--head: the base has heads pt_head, Default; name the one" in done.stdout
