@@ -134,7 +134,8 @@ def table(results: Results = RESULTS) -> None:
     rows = [json.loads(p.read_text()) for p in sorted(results.glob("*.json"))]
     lines = ["# PaiNN against NequIP on rMD17, from scratch", "", __doc__.split("\n\n")[1].replace("\n", " "), ""]
     lines += [f"Median (min–max) over seeds; the energies of the isolated atoms are trained too; nequip "
-              f"{version('nequip')}, {datetime.date.today()}, one CPU thread, inductor; min: wall time, in part beside other jobs.", ""]  # fmt: skip
+              f"{version('nequip')}, {datetime.date.today()}, one CPU thread, inductor; min: wall time, "
+              "in part beside other jobs.", ""]  # fmt: skip
     lines += [
         "| molecule | model | parameters | labels | steps | lr | seeds "
         "| E MAE (meV) | F MAE (meV/Å) | (kcal/mol/Å) | min |"
