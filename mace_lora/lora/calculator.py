@@ -152,9 +152,10 @@ def _own_references(model: nn.Module, name: str, files: Mapping[str, AdapterFile
     first, mine = files[next(iter(files))].metadata, files[name].metadata
     change = difference(mine.get("E0s"), first.get("E0s"), first.get("heads", ()))
     layer = adapter_layers(model).get(MODULE)
-    if change is None or not change.any() or layer is None or BUFFER not in layer.lora_dense.get(name, {}):
+    shifts: Any = layer.lora_dense[name] if layer is not None and name in layer.lora_dense else {}
+    if change is None or not change.any() or BUFFER not in shifts:
         return  # without a shift of its own the fingerprints, and so the E0s, are the same
-    update = layer.lora_dense[name][BUFFER]
+    update = shifts[BUFFER]
     update += torch.as_tensor(change).to(update).reshape(update.shape)
 
 
