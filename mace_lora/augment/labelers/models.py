@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +73,34 @@ def _sevennet(argument: str) -> tuple[Factory, str]:
     return (lambda atoms: calculator), f"SevenNet {argument}"
 
 
-def _ani2x(argument: str) -> tuple[Factory, str]:
-    import torchani
-
+def _ani(model: str, elements: set[str], argument: str) -> tuple[Factory, str]:
+    """TorchANI's ensemble; some of its releases carry weights, others fetch them at first use."""
+    name = model.lower()
     try:
-        calculator = torchani.models.ANI2x(periodic_table_index=True).double().ase()
-    except Exception as err:  # its weights come from the network at first use
-        raise ValueError(f"labeler ani2x: TorchANI could not load its weights ({err}); load them once online") from err
-    return _known(calculator, {"H", "C", "N", "O", "F", "S", "Cl"}, "ani2x"), "ANI-2x"
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # of its CUDA extension, which is optional
+            import torchani
+
+            calculator = getattr(torchani.models, model)(periodic_table_index=True).double().ase()
+    except Exception as err:
+        raise ValueError(
+            f"labeler {name}: TorchANI could not load {model} ({str(err)[:200]}); load it once online, or with "
+            "torchani==2.0 and setuptools<81, whose package holds the weights of ANI1x and ANI1ccx"
+        ) from err
+    return _known(calculator, elements, name), f"ANI-{model[3:]}"
+
+
+def _nep(argument: str) -> tuple[Factory, str]:
+    """A neuroevolution potential: a text file of GPUMD."""
+    from calorine.calculators import CPUNEP
+
+    path, _ = _file("nep", argument)
+    head = path.read_text(errors="replace").split("\n", 1)[0].split()
+    if not head or not head[0].startswith("nep"):
+        raise ValueError(f"labeler nep: {path} is not a NEP potential; expected a first line like 'nep4 1 C'")
+    known = _known(None, set(head[2:]), "nep")
+    # a new one for each frame: it keeps the frame of its last result
+    return (lambda atoms: known(atoms) or CPUNEP(str(path))), f"NEP {argument}"
 
 
 def _emt(argument: str) -> tuple[Factory, str]:
@@ -88,10 +112,15 @@ def _emt(argument: str) -> tuple[Factory, str]:
 
 
 _MACE_HELP = "a MACE .model, or 'embedded', with an adapter"
+_TORCHANI, _HCNO = {"torchani": "torchani"}, {"H", "C", "N", "O"}
+_2X = {*_HCNO, "F", "S", "Cl"}
 METHODS = (
     Method("mace", "FILE[+ADAPTER]", _MACE_HELP, {"mace": "mace-torch"}, _mace, files=True),
     Method("nequip", "FILE[+ADAPTER]", "a NequIP package or checkpoint", {"nequip": "nequip"}, _nequip, files=True),
     Method("sevennet", "NAME", "a SevenNet model, e.g. 7net-0", {"sevenn": "sevenn"}, _sevennet, files=True),
-    Method("ani2x", "", "ANI-2x by TorchANI", {"torchani": "torchani"}, _ani2x),
+    Method("ani1x", "", "ANI-1x by TorchANI; H C N O", _TORCHANI, partial(_ani, "ANI1x", _HCNO)),
+    Method("ani1ccx", "", "ANI-1ccx by TorchANI; H C N O", _TORCHANI, partial(_ani, "ANI1ccx", _HCNO)),
+    Method("ani2x", "", "ANI-2x by TorchANI; H C N O F S Cl", _TORCHANI, partial(_ani, "ANI2x", _2X)),
+    Method("nep", "FILE", "a neuroevolution potential of GPUMD", {"calorine": "calorine"}, _nep, files=True),
     Method("emt", "", "effective medium theory of ASE, metals", {"ase": "ase"}, _emt),
 )

@@ -131,9 +131,9 @@ def _check_electrons(atoms: ase.Atoms) -> None:
 
 
 def _methods() -> dict[str, Method]:
-    from . import lammps_ff, models, molecular, quantum
+    from . import lammps_ff, models, molecular, openmm_ff, quantum
 
-    found = [*quantum.METHODS, *molecular.METHODS, *lammps_ff.METHODS, *models.METHODS]
+    found = [*quantum.METHODS, *molecular.METHODS, *openmm_ff.METHODS, *lammps_ff.METHODS, *models.METHODS]
     return {m.name: m for m in found}
 
 
