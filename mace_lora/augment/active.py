@@ -179,21 +179,15 @@ def _split(config: ActiveLearning, number: int, place: Path, data: Path) -> None
 
 def _train(config: ActiveLearning, place: Path) -> None:
     """Members by the real command, ``workers`` at a time; those that are finished are left alone."""
-    todo = [k for k in range(config.members) if not (place / f"member-{k}" / "run.model").is_file()]
-    while todo:
-        batch, todo = todo[: config.workers], todo[config.workers :]
-        running = [(k, launch.start(_flags(config, place, k), place / f"member-{k}" / "output.log")) for k in batch]
-        for k, process in running:
-            if process.wait():
-                log_file = place / f"member-{k}" / "output.log"
-                raise ValueError(f"training of member {k} failed; its output is in {log_file}")
+    runs = [(_flags(config, place, k), place / f"member-{k}") for k in range(config.members)]
+    for first in range(0, len(runs), config.workers):
+        launch.train_beside(runs[first : first + config.workers])
 
 
 def _flags(config: ActiveLearning, place: Path, member: int) -> dict[str, Any]:
     return {
-        "default_dtype": "float64", "device": "cpu", **config.train, "name": "run", "seed": config.seed + member + 1,
-        "train_file": place / "train.xyz", "valid_file": place / "valid.xyz", "work_dir": place / f"member-{member}",
-        "restart_latest": True,
+        "default_dtype": "float64", "device": "cpu", **config.train, "seed": config.seed + member + 1,
+        "train_file": place / "train.xyz", "valid_file": place / "valid.xyz",
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from mace_lora.atomic import atomic_path, write_text
 from .card import model_card
 from .config import LoraConfig
 from .fingerprint import fingerprint, layer_fingerprint
-from .inject import ModulePlan, adapter_layers, adapter_names, apply_plan, delete_adapter
+from .inject import RECORDS, ModulePlan, adapter_layers, adapter_names, apply_plan, delete_adapter
 from .layers import AdapterLayer
 
 __all__ = ["AdapterFile", "adapter_tensors", "config_json", "load_adapter", "read_adapter", "save_adapter"]
@@ -118,8 +118,8 @@ def save_adapter(
         model: model with the adapter.
         path: folder; created when missing.
         adapter_name: which adapter; default the only one.
-        config: its settings, for the record; default those of equal rank and alpha.
-        metadata: provenance to store; the base fingerprint is added when missing.
+        config: its settings, for the record; default those it was loaded with, else of equal rank and alpha.
+        metadata: provenance to store; default what it was loaded with. The base fingerprint is added when missing.
         run: state of training to store in the weights file, e.g. epoch and validation loss.
         dtype: storage type of the factors; float32 keeps files small.
 
@@ -137,9 +137,10 @@ def save_adapter(
     bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if bad:
         raise ValueError(f"adapter {name!r} contains NaN or infinity in {bad[0]}; it was not saved to {folder}")
-    metadata = dict(metadata or {})
+    record = getattr(model, RECORDS, {}).get(name) or {"config": None, "metadata": {}}
+    metadata = dict(record["metadata"] if metadata is None else metadata)
     metadata.setdefault("base_fingerprint", fingerprint(model))
-    config = config or _recorded_config(model, name)
+    config = config or (LoraConfig.from_dict(record["config"]) if record["config"] else _recorded_config(model, name))
     content = config_json(model, config, name, metadata)
     header = {k: str(v) for k, v in (run or {}).items()} | {"format": "pt"}
     # Both files are complete before either replaces its predecessor.
@@ -275,7 +276,15 @@ def load_adapter(
         if isinstance(err, ValueError):
             raise
         raise ValueError(f"adapter {path}: the model has no layer for it ({err}); wrong base model?") from err
+    remember(model, adapter_name, saved)
     return model
+
+
+def remember(model: nn.Module, adapter_name: str, saved: AdapterFile) -> None:
+    """Keep what an adapter's files say of it with the model, for when it is saved again."""
+    records = dict(getattr(model, RECORDS, {}))
+    records[adapter_name] = {"config": saved.config.to_dict(), "metadata": dict(saved.metadata)}
+    setattr(model, RECORDS, records)
 
 
 def _matching_base(model: nn.Module, saved: AdapterFile, path: Path) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import nn
 from .adapter import AdapterFile, load_adapter, load_tensors, read_adapter
 from .energies import BUFFER, MODULE, difference
 from .fingerprint import fingerprint
-from .inject import adapter_layers, adapter_names, disabled_adapters, merge_adapters, set_adapter
+from .inject import RECORDS, adapter_layers, adapter_names, disabled_adapters, merge_adapters, set_adapter
 
 __all__ = [
     "choose_head",
@@ -162,6 +162,8 @@ def _own_references(model: nn.Module, name: str, files: Mapping[str, AdapterFile
         return  # without a shift of its own the fingerprints, and so the E0s, are the same
     update = shifts[BUFFER]
     update += torch.as_tensor(change).to(update).reshape(update.shape)
+    # saved from here, it is an adapter of the first one's references
+    getattr(model, RECORDS)[name]["metadata"] |= {k: first.get(k) for k in ("E0s", "base_fingerprint")}
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from .config import LoraConfig
 from .layers import AdapterLayer
 
 __all__ = [
+    "RECORDS",
     "ModulePlan",
     "adapter_layers",
     "adapter_names",
@@ -29,6 +30,9 @@ __all__ = [
     "set_adapter",
     "unmerge_adapters",
 ]
+
+# attribute of a model: adapter name -> settings and provenance, as plain values, of those that came from files
+RECORDS = "_lora_records"
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"adapter {name!r} is not in the model; expected one of {', '.join(adapter_names(model))}")
     for layer in adapter_layers(model).values():
         layer.remove_adapter(name)
+    getattr(model, RECORDS, {}).pop(name, None)
     return model
 
 
@@ -262,6 +267,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.merged_base())
     model.requires_grad_(True)
+    model.__dict__.pop(RECORDS, None)
     return model
 
 
@@ -273,7 +279,8 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     Args:
         model: model with the named adapters.
         weights: adapter name -> coefficient of its update.
-        name: name of the combination; it becomes the active adapter.
+        name: name of the combination; it becomes the active adapter. Saved, it keeps the provenance that all of
+            those loaded from files share.
     """
     known = adapter_names(model)
     missing = [n for n in weights if n not in known]
@@ -300,4 +307,14 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
                 for n, w in parts:
                     if key in layer.lora_dense[n]:
                         update.add_(w * layer.lora_dense[n][key])
+    _combine_records(model, weights, name)
     return set_adapter(model, name)
+
+
+def _combine_records(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
+    """What is known of the adapters alike; their sum was not trained, so that it has no errors and no settings."""
+    records = getattr(model, RECORDS, {})
+    if all(n in records for n in weights):
+        first, *others = (records[n]["metadata"] for n in weights)
+        same = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
+        records[name] = {"config": None, "metadata": same | {"combined": dict(weights)}}

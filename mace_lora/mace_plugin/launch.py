@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "default_of",
     "start",
     "train",
+    "train_beside",
     "validation_curve",
     "with_files",
 ]
@@ -96,22 +97,38 @@ def train(flags: Mapping[str, Any], folder: Path) -> Path:
     Raises:
         ValueError: the training fails; where its messages are.
     """
-    model, log, whole = folder / "run.model", folder / "output.log", folder / "run.complete"
-    if model.is_file():
-        if whole.is_file():
-            return model
-        model.unlink()  # upstream does not write it atomically; its last checkpoint is at hand
-    process = start({**flags, "name": "run", "work_dir": folder, "restart_latest": True}, log)
+    return train_beside([(flags, folder)])[0]
+
+
+def train_beside(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> list[Path]:
+    """As :func:`train` for several trainings at the same time.
+
+    Args:
+        runs: flags and folder of each.
+
+    Returns:
+        the models' files.
+    """
+    processes: list[tuple[Path, subprocess.Popen[bytes]]] = []
     try:
-        code = process.wait()
-    except BaseException:  # Ctrl-C: the training must not go on alone
-        process.terminate()
-        process.wait()
-        raise
-    if code or not model.is_file():
-        raise ValueError(f"training in {folder} failed: {_last_line(log)} (its output is in {log})")
-    whole.touch()
-    return model
+        for flags, folder in runs:
+            model = folder / "run.model"
+            if model.is_file() and (folder / "run.complete").is_file():
+                continue
+            model.unlink(missing_ok=True)  # upstream does not write it atomically; its last checkpoint is at hand
+            words = {**flags, "name": "run", "work_dir": folder, "restart_latest": True}
+            processes.append((folder, start(words, folder / "output.log")))
+        for folder, process in processes:
+            log = folder / "output.log"
+            if process.wait() or not (folder / "run.model").is_file():
+                raise ValueError(f"training in {folder} failed: {_last_line(log)} (its output is in {log})")
+            (folder / "run.complete").touch()
+    finally:  # Ctrl-C or a failure: the others must not go on alone
+        for _, process in processes:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    return [folder / "run.model" for _, folder in runs]
 
 
 def _last_line(log: Path) -> str:

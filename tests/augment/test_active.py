@@ -86,9 +86,14 @@ def test_two_rounds_with_a_kill_between(folder):
     process.wait()
     model = first.parent / "member-0" / "run.model"
     made = model.stat().st_mtime_ns
+    half = first.parent / "member-1"  # as a kill while upstream writes the model leaves it
+    (half / "run.complete").unlink()
+    (half / "run.model").write_bytes(b"half")
     done = subprocess.run(run, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stdout + done.stderr
     assert model.stat().st_mtime_ns == made  # not trained again
+    assert (half / "run.complete").exists()
+    assert (half / "run.model").stat().st_size > 100_000
     rounds = json.loads((folder / "run" / "rounds.json").read_text())
     assert [r["round"] for r in rounds] == [0, 1]
     for r in rounds:

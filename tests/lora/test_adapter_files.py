@@ -15,6 +15,7 @@ from mace_lora import (
     LoraConfig,
     apply_lora,
     combine_adapters,
+    delete_adapter,
     fingerprint,
     load_adapter,
     merge_adapters,
@@ -103,6 +104,31 @@ def test_combination_round_trip(base, tmp_path):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match=r"adapter_name: the model has adapters \['default', 'b', 'mixed'\]"):
         save_adapter(model, tmp_path / "x")
+
+
+def test_saved_again_it_keeps_settings_and_provenance(base, folder, tmp_path):
+    """An adapter that was loaded and saved is known by what its training wrote, and so is a combination."""
+    told = {"elements": ["H", "C"], "E0s": {"H": -1.0}, "base_model": "some/model"}
+    model = load_adapter(copy.deepcopy(base), folder)
+    first = save_adapter(model, tmp_path / "first", config=CONFIG, metadata=told, dtype=torch.float64)
+    other = save_adapter(model, tmp_path / "other", config=CONFIG, metadata=told | {"E0s": {"H": -2.0}})
+    model = load_adapter(copy.deepcopy(base), first)
+    again = save_adapter(model, tmp_path / "again", dtype=torch.float64)
+    for name in ("adapter_config.json", "README.md"):
+        assert (again / name).read_text() == (first / name).read_text()
+    assert read_adapter(again).config == CONFIG
+    model = load_adapter(model, other, adapter_name="other")
+    combine_adapters(model, {"default": 0.5, "other": 0.5}, "both")
+    found = read_adapter(save_adapter(model, tmp_path / "both", adapter_name="both")).metadata
+    assert found == {
+        "elements": ["H", "C"], "base_model": "some/model", "base_fingerprint": fingerprint(base),
+        "combined": {"default": 0.5, "other": 0.5},
+    }  # fmt: skip
+    delete_adapter(model, "default")
+    apply_lora(model, LoraConfig(rank=3), "default")
+    assert "elements" not in read_adapter(save_adapter(model, tmp_path / "new", adapter_name="default")).metadata
+    merge_lora(model)
+    assert not any("lora" in key for key in vars(model))
 
 
 def test_peft_reads_and_writes_the_same_files(base, folder, tmp_path):
