@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,21 +19,52 @@ __all__ = ["check_files", "data_hashes", "label_of"]
 
 MAX_FORCE = 300.0  # eV/Å: beyond any structure worth training on; Hartree/Bohr mix-ups come earlier
 MAX_ENERGY_PER_ATOM = 2e6  # eV: beyond the all-electron total energy of any element
+_NAMED = ("mp", "omat", "matpes_pbe", "matpes_r2scan")  # data for replay that upstream downloads
 _READABLE = {".xyz", ".extxyz", ".gz", ".db", ".traj", ".cif", ".json"}
 
 
-def _files(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    for flag in ("train_file", "valid_file", "test_file"):
-        value = getattr(args, flag, None)
-        for item in value if isinstance(value, list) else [value]:
-            if item:
-                yield flag, Path(str(item))
+def _files(args: argparse.Namespace) -> Iterator[tuple[str, Path, argparse.Namespace]]:
+    """Files of the command line or of its heads, and those to replay: where they are named, path, and their keys."""
+    for prefix, mine in _heads(args):
+        for flag in ("train_file", "valid_file", "test_file"):
+            value = getattr(mine, flag, None)
+            for item in value if isinstance(value, list) else [value]:
+                if item:
+                    yield prefix + flag, Path(str(item)), mine
+    if getattr(args, "multiheads_finetuning", False):
+        for flag in ("pt_train_file", "pt_valid_file"):
+            value = getattr(args, flag, None)
+            if value and value not in _NAMED:
+                yield flag, Path(str(value)), args
+
+
+def _heads(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
+    """Each head's files and keys, as upstream completes them from the command line's."""
+    heads = args.heads
+    if heads is None:
+        yield "", args
+        return
+    if isinstance(heads, str):
+        try:
+            heads = ast.literal_eval(heads)
+        except (ValueError, SyntaxError) as err:
+            raise SettingsError(f"--heads: expected a dictionary {{'NAME': {{'train_file': …}}}} ({err})") from err
+    if not isinstance(heads, dict) or not all(isinstance(head, dict) for head in heads.values()):
+        raise SettingsError(f"--heads: expected a dictionary {{'NAME': {{'train_file': …}}}}, got {heads!r}")
+    for name, head in heads.items():
+        mine = argparse.Namespace(**vars(args))
+        mine.train_file = head.get("train_file", args.train_file)
+        mine.valid_file = head.get("valid_file", args.valid_file)
+        mine.test_file = head.get("test_file")
+        mine.energy_key = head.get("info_keys", {}).get("energy", head.get("energy_key", args.energy_key))
+        mine.forces_key = head.get("arrays_keys", {}).get("forces", head.get("forces_key", args.forces_key))
+        yield f"heads: {name}: ", mine
 
 
 def data_hashes(args: argparse.Namespace) -> dict[str, str]:
     """sha256 of each training and validation file."""
     out = {}
-    for flag, path in _files(args):
+    for flag, path, _ in _files(args):
         if path.is_file():
             with path.open("rb") as handle:
                 out[f"{flag}:{path.name}"] = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -40,7 +72,7 @@ def data_hashes(args: argparse.Namespace) -> dict[str, str]:
 
 
 def check_files(args: argparse.Namespace, largest: float = MAX_FORCE) -> None:
-    """Check every data file named on the command line.
+    """Check every data file named on the command line, those of heads and of replay included.
 
     Args:
         args: upstream's.
@@ -50,9 +82,7 @@ def check_files(args: argparse.Namespace, largest: float = MAX_FORCE) -> None:
         SettingsError: a missing file, a file without labels under the requested keys, a NaN or
             absurd label with its frame's index, or a force array of the wrong shape.
     """
-    if args.heads is not None:
-        return  # per-head files and keys are upstream's to resolve
-    for flag, path in _files(args):
+    for flag, path, mine in _files(args):
         if not path.exists():
             raise SettingsError(f"--{flag}: no file {path}")
         if path.suffix not in _READABLE:
@@ -61,10 +91,10 @@ def check_files(args: argparse.Namespace, largest: float = MAX_FORCE) -> None:
         energies = forces = 0
         for index, atoms in enumerate(frames):
             where = f"--{flag}: {path} frame {index} ({atoms.get_chemical_formula()})"
-            energy, force = _check_frame(atoms, args, where, largest)
+            energy, force = _check_frame(atoms, mine, where, largest)
             energies, forces = energies + energy, forces + force
-        if flag != "test_file":
-            _check_labelled(args, f"--{flag}: {path}", frames, energies, forces)
+        if not flag.endswith("test_file"):
+            _check_labelled(mine, f"--{flag}: {path}", frames, energies, forces)
 
 
 def _frames(flag: str, path: Path) -> list[ase.Atoms]:

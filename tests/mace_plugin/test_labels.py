@@ -43,6 +43,40 @@ def test_accepted(tmp_path, frames):
     labels.check_files(arguments(tmp_path / "a.xyz"))
 
 
+def test_every_head_and_the_frames_to_replay(tmp_path):
+    """Heads have files and keys of their own, given in either of upstream's two ways."""
+    good, bad = frame(), frame()
+    good.info["E"] = good.info.pop("REF_energy")
+    bad.arrays["REF_forces"][1, 2] = np.nan
+    for name, atoms in (("a", frame()), ("e", good), ("bad", bad)):
+        ase.io.write(tmp_path / f"{name}.xyz", atoms, format="extxyz")
+
+    def given(head, **changes):
+        return arguments(
+            tmp_path / "a.xyz", heads=repr({"one": {"train_file": str(tmp_path / "a.xyz")}, "two": head}), **changes
+        )
+
+    other = str(tmp_path / "e.xyz")
+    for keys in ({"energy_key": "E"}, {"info_keys": {"energy": "E"}}):
+        labels.check_files(given({"train_file": other} | keys))
+    with pytest.raises(
+        SettingsError, match=r"--heads: two: train_file: .*e.xyz has no energies under --energy_key=REF_"
+    ):
+        labels.check_files(given({"train_file": other}))
+    with pytest.raises(SettingsError, match=r"--heads: two: valid_file: .*bad.xyz frame 0 .* atom 1 is NaN"):
+        labels.check_files(given({"valid_file": str(tmp_path / "bad.xyz")}))
+    with pytest.raises(SettingsError, match=r"--heads: two: train_file: no file .*gone.xyz"):
+        labels.check_files(given({"train_file": str(tmp_path / "gone.xyz")}))
+    for wrong in ("{'one': ", "{'one': 'file.xyz'}"):
+        with pytest.raises(SettingsError, match=r"--heads: expected a dictionary"):
+            labels.check_files(arguments(tmp_path / "a.xyz", heads=wrong))
+    replay = {"multiheads_finetuning": True, "pt_train_file": str(tmp_path / "bad.xyz"), "pt_valid_file": None}
+    with pytest.raises(SettingsError, match=r"--pt_train_file: .*bad.xyz frame 0 .* atom 1 is NaN"):
+        labels.check_files(arguments(tmp_path / "a.xyz", **replay))
+    labels.check_files(arguments(tmp_path / "a.xyz", **replay | {"pt_train_file": "mp"}))
+    assert len(labels.data_hashes(given({"train_file": other}, **replay))) == 3
+
+
 def test_energies_only_need_a_word(tmp_path):
     ase.io.write(tmp_path / "a.xyz", [frame(forces=False)], format="extxyz")
     labels.check_files(arguments(tmp_path / "a.xyz", forces_weight=0.0))
