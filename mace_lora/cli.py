@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -222,7 +222,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show what an adapter, base or model is: fingerprint, elements, ranks, parameters, errors, provenance."""
-    from mace_lora.lora.info import describe_adapter, describe_model, is_adapter
+    from mace_lora.lora.info import describe_adapter, describe_model, is_adapter, recorded
 
     if is_adapter(path):
         content = describe_adapter(path)
@@ -231,14 +231,23 @@ def info(
 
         content = describe_nequip(model_from(path))
     else:
-        content = describe_model(model_from(path))
+        content = describe_model(model_from(path)) | recorded(path)
     if as_json:
         print_json(content)
         return
     table = Table("", "", show_header=False)
     for key, value in content.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(key, _cell(value))
     console.print(table)
+
+
+def _cell(value: Any) -> str:
+    """A value for a table; nested ones take a line for each key."""
+    if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
+        return "\n".join(f"{k}: {_cell(v)}" for k, v in value.items())
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @app.command("nequip-autotune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

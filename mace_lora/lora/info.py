@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .fingerprint import fingerprint
 _FITTED = ("atomic_energies", "shifts")  # set by a fit, not by training
 _SHIFTS = tuple(f".lora_dense.{name}" for name in _FITTED)
 
-__all__ = ["describe_adapter", "describe_model", "is_adapter"]
+__all__ = ["describe_adapter", "describe_model", "is_adapter", "recorded"]
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -65,6 +66,24 @@ def _shift(saved: AdapterFile) -> dict[str, Any]:
             for head, row in zip(heads, rows, strict=True)
         }
     }
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """What the JSON of a model's weights tells of its making: level of theory, data, errors; {} without."""
+    from mace_lora.embedded import BASE_FILES
+
+    file = BASE_FILES[1] if path == Path("embedded") else path.with_suffix(".json")
+    if path != Path("embedded") and (path.suffix not in (".safetensors", ".json") or not file.is_file()):
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    told = {key: content[key] for key in ("level", "epochs", "seeds") if key in content}
+    if "counts" in content:
+        told["data"] = {k: v for k, v in content["counts"].items() if not isinstance(v, dict)}
+    if "errors" in content:
+        told["errors"] = content["errors"]
+    if "versions" in content:
+        told["made with"] = content["versions"]
+    return told
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -202,6 +202,12 @@ def test_info_on_everything(job, adapter):
     assert model["kind"] == "ScaleShiftMACE"
     assert "1o" in model["adaptable weights"]
     assert content["foundation_fingerprint"] == model["fingerprint"]
+    shown = " ".join(equitune("info", "embedded").stdout.replace("│", " ").split())
+    assert (
+        "held-out molecules: frames 1417, MAE_E_per_atom_meV 3.71, RMSE_E_per_atom_meV 5.0, MAE_F_meV_per_A 54.69"
+        in shown
+    )
+    assert "level GFN2-xTB" in shown
 
 
 def test_merge_in_another_precision(job, adapter, tmp_path):
