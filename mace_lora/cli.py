@@ -50,6 +50,9 @@ def main() -> None:
     except (ValueError, OSError) as err:
         typer.echo(f"equitune: error: {err}", err=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("equitune: stopped", err=True)
+        sys.exit(130)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -133,21 +133,29 @@ def _round(
     deviation = _deviation(place, frames, members) * (max(1.0, ratio) if config.calibrate else 1.0)
     split = within(deviation, *config.window)
     chosen = evenly(deviation, split.inside, config.per_round)
-    rate = split.rate
+    # frames that the model's own dynamics never reached, having blown up, are no better known than those above
+    lost = len(ase.io.read(config.explore.starts, ":")) * config.explore.replicas * sum(
+        s.frames for s in config.explore.schedules()
+    ) - len(frames)  # fmt: skip
+    rate = (len(split.inside) + len(split.above) + lost) / (len(frames) + lost)
     summary: dict[str, Any] = {
-        "round": number, "explored": len(frames), "dropped": _dropped(place),
+        "round": number, "explored": len(frames), "lost": lost, "dropped": _dropped(place),
         "in_window": len(split.inside), "above": len(split.above), "candidate_rate": rate,
         "median_deviation": float(np.median(deviation)), "error_over_deviation": ratio, "labelled": len(chosen),
     }  # fmt: skip
+    if lost:
+        say(f"round {number}: {lost} frames lost, the dynamics blew up or gave unsound frames: {_dropped(place)}")
     say(f"round {number}: {len(frames)} frames explored, candidate rate {100 * rate:.2f} %, labelling {len(chosen)}")
     if not len(chosen) or rate < config.stop_below:
         return summary | {"labelled": 0}, data
     if not (place / "chosen.xyz").exists():
         _write(place / "chosen.xyz", [frames[i] for i in chosen])
     if not (place / "labelled.xyz").exists():
-        label(
+        report = label(
             place / "chosen.xyz", place / "labelled.xyz", config.label, workers=config.workers, timeout=config.timeout
         )
+        if report.failed:
+            say(f"round {number}: {report.failed} frames could not be labelled: {'; '.join(report.reasons)}")
     new = list(iter_frames(place / "labelled.xyz"))
     if not new:
         raise ValueError(

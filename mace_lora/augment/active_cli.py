@@ -19,8 +19,9 @@ def active_learn(
 ) -> None:
     """Train a committee with mace_run_train, explore, label what it disagrees on, repeat.
 
-    Ends when the candidate rate (explored frames whose largest force deviation is above the window's lower bound)
-    falls below stop_below. Stopped at any point, the same command goes on. Writes rounds.json and rounds.png.
+    Ends when the candidate rate (explored frames whose largest force deviation is above the window's lower bound, and
+    those lost because the dynamics blew up) falls below stop_below. Stopped at any point, the same command goes on.
+    Writes rounds.json and rounds.png.
     """
     from .active import run
     from .active_config import read_config
@@ -31,11 +32,11 @@ def active_learn(
         settings, lambda line: console.print(line, highlight=False),
         lambda so_far: _plot(so_far, picture, settings.stop_below),
     )  # fmt: skip
-    table = Table("round", "explored", "in window", "above", "candidate rate", "labelled", "E MAE", "F MAE")
+    table = Table("round", "explored", "lost", "in window", "above", "candidate rate", "labelled", "E MAE", "F MAE")
     for r in rounds:
         errors = [f"{r[k]:.2f}" if k in r else "–" for k in ("mae_e", "mae_f")]
         table.add_row(
-            str(r["round"]), str(r["explored"]), str(r["in_window"]), str(r["above"]),
+            str(r["round"]), str(r["explored"]), str(r.get("lost", "–")), str(r["in_window"]), str(r["above"]),
             f"{100 * r['candidate_rate']:.2f} %", str(r["labelled"]), *errors,
         )  # fmt: skip
     console.print(table)

@@ -32,14 +32,14 @@ def label(
     frames: Annotated[Path, typer.Argument(help="frames, any format ASE reads (Å)")],
     output: Annotated[Path, typer.Option("--output", "-o", help="extxyz to write (eV, eV/Å, eV/Å³)")],
     with_: Annotated[str, typer.Option("--with", help="labeler; --labelers lists them")],
-    workers: Annotated[int, typer.Option(help="processes")] = max(1, len(os.sched_getaffinity(0))),
-    threads: Annotated[int, typer.Option(help="threads of each worker")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = max(1, len(os.sched_getaffinity(0))),
+    threads: Annotated[int, typer.Option(min=1, help="threads of each worker; not with --executor")] = 1,
     executor: Annotated[str | None, typer.Option(help="parsl:FILE.py, a file that defines a parsl.Config")] = None,
     prefix: Annotated[str, typer.Option(help="of the labels' keys: PREFIX_energy, PREFIX_forces")] = "REF",
     timeout: Annotated[float | None, typer.Option(help="seconds a frame may take; default no limit")] = None,
     retry_failed: Annotated[bool, typer.Option(help="try frames again that failed before")] = False,
     tasks_per_worker: Annotated[
-        int | None, typer.Option(help="renew a worker after so many tasks, for programs that leak memory")
+        int | None, typer.Option(min=1, help="renew a worker after so many tasks, for programs that leak memory")
     ] = None,
     labelers: Annotated[bool, typer.Option("--labelers", is_eager=True, callback=_list, help="list them")] = False,
 ) -> None:
@@ -104,6 +104,13 @@ def _summary(report: LabelReport, threads: int) -> list[str]:
         lines.append(f"{report.before} frames had their labels from an earlier run")
     if report.duplicates:
         lines.append(f"{report.duplicates} frames of the input repeat another one and were left out")
+    if report.relabelled:
+        lines.append(
+            f"{report.relabelled} frames of the input have an energy under the same key; {report.output.name} has the "
+            "new one (--prefix gives other keys)"
+        )
+    if report.others:
+        lines.append(f"{report.others} more frames, labelled from other input, are in it as before")
     if report.failed:
         lines.append(f"{report.failed} frames failed, see {report.failed_file}:")
         lines += [f"  {reason}" for reason in report.reasons]

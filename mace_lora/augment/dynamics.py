@@ -191,6 +191,8 @@ def sample_md(
     """
     from .labelers import open_labeler
 
+    if replicas < 1:
+        raise ValueError(f"replicas: expected at least 1, got {replicas}")
     if not starts:
         raise ValueError("starts: expected at least one frame, got none")
     potential, output = open_labeler(with_), Path(output)

@@ -35,6 +35,8 @@ class LabelReport:
         labelled: frames labelled by this run; ``before``: by earlier ones.
         failed: frames without a label, of this and earlier runs; ``reasons``: the first few of this run.
         duplicates: input frames equal to an earlier one.
+        relabelled: input frames that have an energy under the same key already; the output has the new one.
+        others: frames in the output that are not in this run's input.
         wall, labeler: seconds this run took, and seconds spent in the labeler by all workers.
         workers: processes.
     """
@@ -45,6 +47,8 @@ class LabelReport:
     before: int = 0
     failed: int = 0
     duplicates: int = 0
+    relabelled: int = 0
+    others: int = 0
     wall: float = 0.0
     labeler: float = 0.0
     workers: int = 1
@@ -73,7 +77,9 @@ class LabelRun:
 
     def tasks(self, frames: Iterator[ase.Atoms], retry_failed: bool) -> Iterator[Task]:
         """Frames that have no label yet."""
+        energy = f"{self.settings[1]}_energy"
         for index, atoms in enumerate(frames):
+            self.report.relabelled += energy in atoms.info
             key = frame_key(atoms, self.identity)
             own = bytes.fromhex(key)
             if own in self.seen:

@@ -42,12 +42,13 @@ def label(
 
     Args:
         frames: a file that ASE reads, or frames; read one by one.
-        output: extxyz file to write, in order of completion; ``info['input_index']`` has the input's order.
+        output: extxyz file to write, in order of completion; ``info['input_index']`` is the position in the input of
+            the run that labelled the frame.
         with_: labeler, see :func:`mace_lora.augment.labelers.open_labeler`.
         workers: processes.
         threads: of each worker's linear algebra.
         executor: None, or ``parsl:FILE.py``.
-        prefix: of the labels' keys.
+        prefix: of the labels' keys; letters, digits and _.
         timeout: seconds a frame may take.
         retry_failed: try frames again that failed in an earlier run.
         tasks_per_worker: renew a worker after so many chunks.
@@ -64,6 +65,10 @@ def label(
         raise ValueError(f"workers, threads: expected at least 1, got {workers} and {threads}")
     if timeout is not None and timeout <= 0:
         raise ValueError(f"timeout: expected seconds > 0, got {timeout}")
+    if executor is not None and threads != 1:
+        raise ValueError(f"threads: with an executor its own configuration sets them, got threads={threads} as well")
+    if not re.fullmatch(r"[A-Za-z]\w*", prefix, re.ASCII):
+        raise ValueError(f"prefix: expected a letter, then letters, digits or _, got {prefix!r}")
     if isinstance(frames, str | Path) and not Path(frames).is_file():
         raise FileNotFoundError(f"no file {frames}")
     labeler = open_labeler(with_)  # fails before anything is started
@@ -72,6 +77,9 @@ def label(
     provenance["label_prefix"] = prefix
     output = Path(output)
     partial, failed_file = output.with_name(f"{output.name}.partial"), output.with_suffix(f".failed{output.suffix}")
+    for path in (output, partial, failed_file):
+        if path.is_dir():
+            raise ValueError(f"output: expected a file, got the folder {path}")
     source_file = Path(frames).resolve() if isinstance(frames, str | Path) else None
     if source_file in {p.resolve() for p in (output, partial, failed_file)}:
         raise ValueError(f"output: {frames} is the input as well; choose another output")
@@ -95,11 +103,12 @@ def label(
             safe = f"{len(done.keys)} labelled frames are safe in {partial}: make room and run again"
             raise OSError(err.errno, f"{err.strerror}; {safe}") from err
         finally:
-            if not failed.size:
-                failed_file.unlink()
+            for journal in (done, failed):
+                if not journal.size:
+                    journal.path.unlink()
         if not done.keys:
-            partial.unlink()
             raise ValueError(_nothing(with_, report, source_file))
+        report.others = len(done.keys) - report.labelled - report.before
         partial.replace(output)
     report.wall = time.perf_counter() - start
     return report

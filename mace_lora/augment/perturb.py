@@ -23,6 +23,8 @@ def rattle(atoms: ase.Atoms, std: float, rng: np.random.Generator) -> ase.Atoms:
         std: standard deviation of each component, Å.
         rng: random numbers.
     """
+    if not (np.isfinite(std) and std > 0):
+        raise ValueError(f"std: expected a length > 0 in Å, got {std}")
     moved = bare(atoms)
     moved.positions += rng.normal(0.0, std, moved.positions.shape)
     return moved
@@ -37,8 +39,10 @@ def strain(atoms: ase.Atoms, largest: float, rng: np.random.Generator) -> ase.At
         rng: random numbers.
 
     Raises:
-        ValueError: the frame is not periodic.
+        ValueError: the frame is not periodic, or the strain could turn the cell inside out.
     """
+    if not 0 < largest < 0.5:
+        raise ValueError(f"largest: expected a strain between 0 and 0.5, got {largest}")
     if not atoms.pbc.all():
         raise ValueError(f"strain: expected a frame periodic in all directions, got pbc {atoms.pbc.tolist()}")
     upper = np.triu(rng.uniform(-largest, largest, (3, 3)))

@@ -31,7 +31,8 @@ app = typer.Typer(
 Frames = Annotated[Path, typer.Argument(help="frames to start from, any format ASE reads (Å)")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="extxyz to write, unlabelled")]
 Seed = Annotated[int, typer.Option(help="equal seeds give equal frames")]
-Copies = Annotated[int, typer.Option(help="new frames for every frame read")]
+Copies = Annotated[int, typer.Option(min=1, help="new frames for every frame read")]
+KeepBonds = Annotated[bool, typer.Option(help="drop frames whose bonds are not the start's")]
 
 
 @app.command("md")
@@ -42,15 +43,15 @@ def md(
     temperatures: Annotated[
         str, typer.Option(help="K, comma-separated; A:B anneals from A to B, e.g. 300,600 or 800:280")
     ] = "300",
-    count: Annotated[int, typer.Option("--frames", help="frames of every trajectory")] = 100,
+    count: Annotated[int, typer.Option("--frames", min=1, help="frames of every trajectory")] = 100,
     spacing: Annotated[float, typer.Option(help="fs between frames")] = 50.0,
     timestep: Annotated[float, typer.Option(help="fs")] = 0.5,
     friction: Annotated[float, typer.Option(help="1/fs")] = 0.02,
     equilibration: Annotated[float, typer.Option(help="fs before the first frame")] = 500.0,
-    replicas: Annotated[int, typer.Option(help="trajectories of every start and temperature")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="trajectories of every start and temperature")] = 1,
     seed: Seed = 0,
-    keep_bonds: Annotated[bool, typer.Option(help="drop frames whose bonds are not the start's")] = False,
-    workers: Annotated[int, typer.Option(help="processes")] = max(1, len(os.sched_getaffinity(0))),
+    keep_bonds: KeepBonds = False,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = max(1, len(os.sched_getaffinity(0))),
     executor: Annotated[str | None, typer.Option(help="parsl:FILE.py, a file that defines a parsl.Config")] = None,
 ) -> None:
     """Langevin (NVT) dynamics from every frame at every temperature. Stopped, the same command goes on."""
@@ -58,13 +59,17 @@ def md(
         Schedule(a, b, count, spacing, timestep, friction, equilibration)
         for a, b in map(_range, temperatures.split(","))
     ]
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("trajectories", total=None)
-        dropped = sample_md(
-            list(iter_frames(frames)), output, with_, schedules, replicas=replicas, seed=seed, workers=workers,
-            executor=executor, keep_bonds=keep_bonds,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+    try:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("trajectories", total=None)
+            dropped = sample_md(
+                list(iter_frames(frames)), output, with_, schedules, replicas=replicas, seed=seed, workers=workers,
+                executor=executor, keep_bonds=keep_bonds,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print(f"stopped; what is finished is in {output}.trajectories, the same command goes on from there")
+        raise typer.Exit(130) from None
     _finish(output, dropped)
 
 
@@ -73,27 +78,31 @@ def _range(text: str) -> tuple[float, float]:
         values = [float(x) for x in text.split(":")]
     except ValueError:
         values = []
-    if len(values) not in (1, 2):
-        raise ValueError(f"--temperatures: expected numbers in K or A:B, got {text!r}")
+    if len(values) not in (1, 2) or not all(0 < v < np.inf for v in values):
+        raise ValueError(f"--temperatures: expected numbers > 0 in K, or A:B, got {text!r}")
     return values[0], values[-1]
 
 
 @app.command("rattle")
 def rattle_frames(
     frames: Frames, output: Output, std: Annotated[float, typer.Option(help="standard deviation, Å")] = 0.05,
-    copies: Copies = 1, seed: Seed = 0,
+    copies: Copies = 1, seed: Seed = 0, keep_bonds: KeepBonds = False,
 ) -> None:  # fmt: skip
     """Normally distributed displacements of all atoms."""
-    _each(frames, output, copies, seed, lambda a, rng: rattle(a, std, rng))
+    if not 0 < std < np.inf:
+        raise ValueError(f"--std: expected a length > 0 in Å, got {std}")
+    _each(frames, output, copies, seed, lambda a, rng: rattle(a, std, rng), keep_bonds)
 
 
 @app.command("strain")
 def strain_frames(
     frames: Frames, output: Output, largest: Annotated[float, typer.Option(help="bound of a strain component")] = 0.05,
-    copies: Copies = 1, seed: Seed = 0,
+    copies: Copies = 1, seed: Seed = 0, keep_bonds: KeepBonds = False,
 ) -> None:  # fmt: skip
     """Random symmetric strain of periodic frames."""
-    _each(frames, output, copies, seed, lambda a, rng: strain(a, largest, rng))
+    if not 0 < largest < 0.5:
+        raise ValueError(f"--largest: expected a strain between 0 and 0.5, got {largest}")
+    _each(frames, output, copies, seed, lambda a, rng: strain(a, largest, rng), keep_bonds)
 
 
 @app.command("stretch")
@@ -121,7 +130,7 @@ def pack_box(
     output: Output,
     density: Annotated[float, typer.Option(help="g/cm³")],
     counts: Annotated[str, typer.Option("--count", help="molecules of each species, comma-separated")],
-    boxes: Annotated[int, typer.Option(help="independent boxes")] = 1,
+    boxes: Annotated[int, typer.Option(min=1, help="independent boxes")] = 1,
     tolerance: Annotated[float, typer.Option(help="least distance between molecules, Å")] = 2.0,
     seed: Seed = 0,
 ) -> None:
@@ -134,16 +143,14 @@ def pack_box(
     frames = [pack(found, numbers, density, seed * 1000 + k, tolerance) for k in range(boxes)]
     with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as handle:
         write_extxyz(handle, frames, write_results=False)
-    console.print(f"box of {frames[0].cell[0, 0]:.2f} Å, {len(frames[0])} atoms" if frames else "", highlight=False)
+    console.print(f"box of {frames[0].cell[0, 0]:.2f} Å, {len(frames[0])} atoms", highlight=False)
     _finish(output, Counter())
 
 
 def _each(
-    frames: Path, output: Path, copies: int, seed: int, make: Callable[[ase.Atoms, np.random.Generator], ase.Atoms]
-) -> None:
-    if copies < 1:
-        raise ValueError(f"--copies: expected at least 1, got {copies}")
-
+    frames: Path, output: Path, copies: int, seed: int, make: Callable[[ase.Atoms, np.random.Generator], ase.Atoms],
+    keep_bonds: bool = False,
+) -> None:  # fmt: skip
     def new() -> Iterator[ase.Atoms]:
         for index, atoms in enumerate(iter_frames(frames)):
             for copy in range(copies):
@@ -153,13 +160,13 @@ def _each(
                     dropped[f"{err} (the first: frame {firsts.setdefault(str(err), index)})"] += 1
                     continue
                 frame.info["start"] = index
-                yield frame
+                yield from keep_sound([frame], atoms if keep_bonds else None, dropped=dropped)
 
     dropped: Counter[str] = Counter()
     firsts: dict[str, int] = {}
     count = 0
     with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as handle:
-        for frame in keep_sound(new(), dropped=dropped):
+        for frame in new():
             write_extxyz(handle, [frame], write_results=False)
             count += 1
         if not count:

@@ -24,7 +24,7 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="Choose frames: diverse, different, random, in a window, disputed.")
 Frames = Annotated[Path, typer.Argument(help="frames, any format ASE reads")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="extxyz to write")]
-Count = Annotated[int, typer.Option("--count", "-n", help="frames to choose")]
+Count = Annotated[int, typer.Option("--count", "-n", min=1, help="frames to choose")]
 
 
 @app.command("fps")
@@ -130,6 +130,9 @@ def _bar(frames: Iterable[ase.Atoms]) -> Iterable[ase.Atoms]:
 
 
 def _write(output: Path, frames: list[ase.Atoms], index: Any, scores: dict[str, Any]) -> None:
+    if not len(index):
+        console.print(f"none of {len(frames)} frames is chosen: {output} is not written", highlight=False)
+        raise typer.Exit(1)
     with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as handle:
         for rank, i in enumerate(index):
             frame = frames[int(i)].copy()

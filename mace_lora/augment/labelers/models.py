@@ -83,11 +83,20 @@ def _ani(model: str, elements: set[str], argument: str) -> tuple[Factory, str]:
 
             calculator = getattr(torchani.models, model)(periodic_table_index=True).double().ase()
     except Exception as err:
+        hint = "" if model == "ANI2x" else ", or take torchani==2.0 with setuptools<81, which holds its weights"
         raise ValueError(
-            f"labeler {name}: TorchANI could not load {model} ({str(err)[:200]}); load it once online, or with "
-            "torchani==2.0 and setuptools<81, whose package holds the weights of ANI1x and ANI1ccx"
+            f"labeler {name}: TorchANI could not load {model} ({str(err)[:200]}); take torchani>=2.2 and load it once "
+            f"online{hint}"
         ) from err
-    return _known(calculator, elements, name), f"ANI-{model[3:]}"
+    known = _known(calculator, elements, name)
+
+    def make(atoms: ase.Atoms) -> Any:
+        charge, spin = atoms.info.get("charge", 0), atoms.info.get("spin", 1)
+        if charge != 0 or spin != 1:
+            raise ValueError(f"{name}: it knows neutral singlets only, got charge {charge} and multiplicity {spin}")
+        return known(atoms)
+
+    return make, f"ANI-{model[3:]}"
 
 
 def _nep(argument: str) -> tuple[Factory, str]:

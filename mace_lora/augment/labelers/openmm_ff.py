@@ -172,7 +172,7 @@ def _openmm(argument: str) -> tuple[Factory, str]:
         calculator = OpenMMForceField(argument)
     except (ValueError, FileNotFoundError) as err:
         raise ValueError(f"labeler: OpenMM cannot read the force field {argument!r} ({err})") from err
-    return calculator.made_for, f"OpenMM {argument}, flexible"
+    return calculator.made_for, f"OpenMM {argument}, flexible, PME with a cutoff of 9 Å or half the box"
 
 
 METHODS = (

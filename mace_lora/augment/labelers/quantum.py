@@ -19,6 +19,11 @@ def _tblite(method: str, argument: str) -> tuple[Factory, str]:
     def make(atoms: ase.Atoms) -> Any:
         from tblite.ase import TBLite
 
+        if atoms.pbc.any() and not atoms.pbc.all():  # it would take the frame as periodic in all directions
+            raise ValueError(
+                f"{method}: expected periodic boundaries in all directions or in none, got {atoms.pbc.tolist()}; for a "
+                "slab or wire put vacuum into the cell and make it periodic"
+            )
         charge, spin = int(atoms.info.get("charge", 0)), int(atoms.info.get("spin", 1))
         return TBLite(method=method, charge=charge, multiplicity=spin, verbosity=0)
 

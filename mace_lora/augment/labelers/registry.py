@@ -100,6 +100,8 @@ class Labeler:
         Raises:
             ValueError: the method cannot describe the frame, or the result is not finite.
         """
+        if not np.isfinite(atoms.positions).all():
+            raise ValueError("the frame's positions are not finite")
         frame = ase.Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
         frame.info.update(atoms.info)
         if "residuenumbers" in atoms.arrays:
@@ -112,6 +114,11 @@ class Labeler:
         for what, value in (("energy", energy), ("forces", forces), ("stress", stress)):
             if value is not None and not np.isfinite(value).all():
                 raise ValueError(f"{self.name}: the {what} is not finite")
+        if forces.shape != (len(frame), 3) or (stress is not None and stress.shape != (6,)):
+            got = f"{forces.shape}" + ("" if stress is None else f" and {stress.shape}")
+            raise ValueError(
+                f"{self.name}: expected forces of shape ({len(frame)}, 3) and a stress of shape (6,), got {got}"
+            )
         return Labels(energy, forces, stress)
 
 
