@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .check import Finding, check_frames, require_sound
+from .check import check_frames, require_sound
+from .finding import Finding
 
 __all__ = ["Finding", "check_frames", "require_sound"]

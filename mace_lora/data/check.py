@@ -4,61 +4,46 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import ase
-import ase.io
 import numpy as np
 from numpy.typing import NDArray
 
 from .consistency import energy_force_slope, units_of_slope
-from .magnitude import bond_stiffness, energy_unit, force_unit
+from .finding import Finding, listed
+from .labels import finite, keys, read_labels, state
+from .magnitude import bond_stiffness, energy_unit, force_unit, is_balanced, is_flat
 
 __all__ = ["Finding", "check_frames", "require_sound"]
 
 Floats = NDArray[np.float64]
-Severity = Literal["error", "warning", "info"]
-_SHOWN = 10
 _NEAR = (0.7, 1.4)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something about a data set.
-
-    Attributes:
-        severity: error (training on it is wrong), warning (look at it), info.
-        what: one sentence with numbers and units.
-        frames: indices concerned, the first few.
-        remedy: what to do; "" for infos.
-    """
-
-    severity: Severity
-    what: str
-    frames: tuple[int, ...] = ()
-    remedy: str = ""
-
-
 def check_frames(
-    frames: Sequence[ase.Atoms], energy_key: str = "REF_energy", forces_key: str = "REF_forces"
-) -> list[Finding]:
+    frames: Sequence[ase.Atoms], energy_key: str = "REF_energy", forces_key: str = "REF_forces",
+    stress_key: str = "REF_stress",
+) -> list[Finding]:  # fmt: skip
     """Everything that is suspicious about labelled frames.
 
     Args:
         frames: all frames, Å.
         energy_key: in ``info``, eV.
         forces_key: in ``arrays``, eV/Å.
+        stress_key: in ``info``, eV/Å^3; frames without stress are fine.
 
     Returns:
         findings, errors first.
     """
     if not frames:
         return [Finding("error", "there are no frames", remedy="check the file")]
-    energies, forces = _labels(frames, energy_key, forces_key)
-    found = _keys(frames, energies, forces, energy_key, forces_key)
-    found += _finite(frames, energies, forces)
+    scalars, found = read_labels(frames, "energy", energy_key)
+    energies = [None if e is None else float(e) for e in scalars]
+    forces, unusable = read_labels(frames, "forces", forces_key)
+    stresses, wrong = read_labels(frames, "stress", stress_key)
+    found += unusable + wrong + keys(frames, energy_key, forces_key)
+    found += finite(frames, energies, forces, stresses)
     usable = [i for i, f in enumerate(frames) if np.isfinite(f.positions).all()]
     found += _geometry(frames, usable)
     found += _repeated(frames, energies, usable)
@@ -82,10 +67,14 @@ def require_sound(
         say: gets a line for every warning.
 
     Raises:
-        ValueError: the first error, its frames and the remedy.
+        ValueError: the first error, its frames and the remedy; or the file cannot be read.
+        FileNotFoundError: no such file.
     """
+    from mace_lora.evaluate.reading import read_frames
+
     name = str(frames) if isinstance(frames, str | Path) else "frames"
-    found = check_frames(ase.io.read(frames, ":") if isinstance(frames, str | Path) else frames, energy_key, forces_key)
+    read = read_frames(Path(frames)) if isinstance(frames, str | Path) else frames
+    found = check_frames(read, energy_key, forces_key)
     for f in found:
         which = f"; frames {', '.join(map(str, f.frames))}" if f.frames else ""
         if f.severity == "error":
@@ -94,84 +83,17 @@ def require_sound(
             say(f"{name}: warning: {f.what}{which}; {f.remedy}")
 
 
-def _labels(
-    frames: Sequence[ase.Atoms], energy_key: str, forces_key: str
-) -> tuple[list[float | None], list[Floats | None]]:
-    """Labels under the keys, or under ASE's own names where they are asked for."""
-    energies: list[float | None] = []
-    forces: list[Floats | None] = []
-    for atoms in frames:
-        results = atoms.calc.results if atoms.calc is not None else {}
-        energy = atoms.info.get(energy_key, results.get(energy_key))
-        force = atoms.arrays.get(forces_key, results.get(forces_key))
-        energies.append(None if energy is None else float(energy))
-        forces.append(None if force is None else np.asarray(force, float))
-    return energies, forces
-
-
-def _list(indices: Sequence[int] | NDArray[np.int64]) -> tuple[int, ...]:
-    return tuple(int(i) for i in indices[:_SHOWN])
-
-
-def _keys(
-    frames: Sequence[ase.Atoms], energies: list[float | None], forces: list[Floats | None], energy_key: str,
-    forces_key: str,
-) -> list[Finding]:  # fmt: skip
-    first = frames[0]
-    results = first.calc.results if first.calc is not None else {}
-    there = sorted({*first.info, *first.arrays, *results} - {"numbers", "positions"})
-    found = []
-    for kind, key, values in (("energy", energy_key, energies), ("forces", forces_key, forces)):
-        missing = [i for i, v in enumerate(values) if v is None]
-        if len(missing) == len(frames):
-            found.append(Finding("error", f"no frame has {kind} labels under {key!r}; the first frame has {there}",
-                                 remedy=f"name the right key with --{kind}-key"))  # fmt: skip
-        elif missing:
-            text = f"{len(missing)} of {len(frames)} frames have no {kind} label"
-            found.append(Finding("warning", text, _list(missing), "label them, or leave them out"))
-    elements = sorted({s for f in frames for s in f.get_chemical_symbols()})
-    alone = {f.get_chemical_symbols()[0] for f in frames if len(f) == 1}
-    text = (
-        f"{len(frames)} frames, {min(map(len, frames))} to {max(map(len, frames))} atoms, elements {' '.join(elements)}"
-    )
-    found.append(Finding("info", text))
-    without = [e for e in elements if e not in alone]
-    if without:
-        found.append(Finding("info", f"no isolated atom of {' '.join(without)}: energy references have to come from "
-                             "elsewhere (E0s of the method, or a least-squares fit)"))  # fmt: skip
-    return found
-
-
-def _finite(frames: Sequence[ase.Atoms], energies: list[float | None], forces: list[Floats | None]) -> list[Finding]:
-    found = []
-    bad = {
-        "positions": [i for i, f in enumerate(frames) if not np.isfinite(f.positions).all()],
-        "an energy label": [i for i, e in enumerate(energies) if e is not None and not np.isfinite(e)],
-        "force labels": [i for i, f in enumerate(forces) if f is not None and not np.isfinite(f).all()],
-    }
-    for what, indices in bad.items():
-        if indices:
-            text = f"{len(indices)} frames have {what} with NaN or infinity"
-            found.append(Finding("error", text, _list(indices), "remove or relabel them"))
-    shapes = [
-        i for i, (a, f) in enumerate(zip(frames, forces, strict=True)) if f is not None and f.shape != (len(a), 3)
-    ]
-    if shapes:
-        found.append(Finding("error", f"{len(shapes)} frames have force labels of another shape than (atoms, 3)",
-                             _list(shapes), "check how they were written"))  # fmt: skip
-    return found
-
-
 def _geometry(frames: Sequence[ase.Atoms], usable: list[int]) -> list[Finding]:
     from mace_lora.augment.perturb import keep_sound
 
     found = []
-    flat = [i for i in usable if frames[i].pbc.any() and abs(np.linalg.det(np.array(frames[i].cell))) < 1e-3]
+    flat = [i for i in usable if is_flat(frames[i])]
     if flat:
-        found.append(Finding("error", f"{len(flat)} frames are periodic and have no cell", _list(flat), "set the cell"))
+        text = f"{len(flat)} frames are periodic and have no cell"
+        found.append(Finding("error", text, listed(flat), "set the cell"))
     boxed = [i for i in usable if not frames[i].pbc.any() and abs(np.linalg.det(np.array(frames[i].cell))) > 1e-3]
     if boxed:
-        found.append(Finding("warning", f"{len(boxed)} frames have a cell but no periodic boundaries", _list(boxed),
+        found.append(Finding("warning", f"{len(boxed)} frames have a cell but no periodic boundaries", listed(boxed),
                              "set pbc='T T T' if they are periodic"))  # fmt: skip
     mixed = {tuple(frames[i].pbc.tolist()) for i in usable}
     if len(mixed) > 1:
@@ -179,7 +101,7 @@ def _geometry(frames: Sequence[ase.Atoms], usable: list[int]) -> list[Finding]:
     close = [i for i in usable if i not in flat and not list(keep_sound([frames[i]]))]
     if close:
         text = f"{len(close)} frames have atoms closer than half the sum of their covalent radii"
-        found.append(Finding("warning", text, _list(close), "look at them; positions in another unit than Å?"))
+        found.append(Finding("warning", text, listed(close), "look at them; positions in another unit than Å?"))
     return found
 
 
@@ -192,6 +114,7 @@ def _repeated(frames: Sequence[ase.Atoms], energies: list[float | None], usable:
             atoms.numbers.tobytes(),
             np.round(atoms.positions, 6).tobytes(),
             np.round(np.array(atoms.cell), 6).tobytes(),
+            state(atoms).encode(),
         ]
         first = seen.setdefault(hashlib.sha256(b"|".join(parts)).digest(), i)
         if first != i:
@@ -201,11 +124,11 @@ def _repeated(frames: Sequence[ase.Atoms], energies: list[float | None], usable:
                 conflicts.append(i)
     found = []
     if repeats:
-        found.append(Finding("warning", f"{len(repeats)} frames repeat an earlier one", _list(repeats),
+        found.append(Finding("warning", f"{len(repeats)} frames repeat an earlier one", listed(repeats),
                              "remove them: they leak between training and test sets"))  # fmt: skip
     if conflicts:
         found.append(Finding("error", f"{len(conflicts)} of these have another energy label than the frame they repeat",
-                             _list(conflicts), "labels of different methods in one file?"))  # fmt: skip
+                             listed(conflicts), "labels of different methods in one file?"))  # fmt: skip
     return found
 
 
@@ -232,7 +155,7 @@ def _energies(frames: Sequence[ase.Atoms], energies: list[float | None]) -> list
     far = [i for i in _outliers(residual, 10.0) if abs(residual[i]) > 0.05]
     if far:
         found.append(Finding("warning", f"energies of {len(far)} frames are outliers (up to "
-                             f"{np.abs(residual[far]).max():.3g} eV/atom off)", _list([index[i] for i in far]),
+                             f"{np.abs(residual[far]).max():.3g} eV/atom off)", listed([index[i] for i in far]),
                              "check that these calculations converged"))  # fmt: skip
     return found
 
@@ -245,23 +168,26 @@ def _forces(frames: Sequence[ase.Atoms], forces: list[Floats | None]) -> list[Fi
         return []
     index = list(good)
     largest = np.array([np.linalg.norm(f, axis=1).max(initial=0.0) for f in good.values()])
-    rms = float(np.sqrt(np.mean(np.concatenate([f.reshape(-1) for f in good.values()]) ** 2)))
+    several = [f for i, f in good.items() if len(frames[i]) > 1]  # symmetry leaves no force on one atom
+    rms = float(np.sqrt(np.mean(np.concatenate([f.reshape(-1) for f in several or good.values()]) ** 2)))
     found = [Finding("info", f"forces: rms {rms:.4g} eV/Å per component, largest {largest.max():.4g} eV/Å")]
-    if rms < 1e-6:
-        found.append(Finding("error", "all force labels are zero", remedy="check how they were written"))
+    if several and rms < 1e-6:
+        crystals = all(is_balanced(frames[i]) for i in good)
+        remedy = "right for perfect crystals only" if crystals else "check how they were written"
+        found.append(Finding("warning" if crystals else "error", "all force labels are zero", remedy=remedy))
     zero = [index[i] for i in np.flatnonzero(largest == 0.0) if len(frames[index[i]]) > 1]
     if zero and rms >= 1e-6:
-        found.append(Finding("warning", f"{len(zero)} frames have force labels that are exactly zero", _list(zero),
+        found.append(Finding("warning", f"{len(zero)} frames have force labels that are exactly zero", listed(zero),
                              "missing forces written as zeros?"))  # fmt: skip
     far = [i for i in _outliers(np.log(largest + 1e-3), 8.0) if largest[i] > 10 * rms]
     if far:
         text = f"forces of {len(far)} frames are outliers (up to {largest[far].max():.3g} eV/Å)"
-        found.append(Finding("warning", text, _list([index[i] for i in far]), "look at these structures"))
+        found.append(Finding("warning", text, listed([index[i] for i in far]), "look at these structures"))
     net = np.array([np.linalg.norm(f.sum(0)) / len(f) for f in good.values()])
     pushed = np.flatnonzero(net > max(0.02 * rms, 1e-4))
     if len(pushed) > 0.05 * len(index):
         text = f"forces of {len(pushed)} frames do not add up to zero (up to {net.max():.3g} eV/Å per atom)"
-        which = _list([index[i] for i in pushed])
+        which = listed([index[i] for i in pushed])
         found.append(Finding("warning", text, which, "noisy forces, an external field, or a subset of the atoms?"))
     return found
 

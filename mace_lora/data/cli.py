@@ -21,6 +21,7 @@ def check(
     frames: Annotated[Path, typer.Argument(help="labelled frames, any format ASE reads")],
     energy_key: Annotated[str, typer.Option(help="energy label (eV) in the frame's info")] = "REF_energy",
     forces_key: Annotated[str, typer.Option(help="force labels (eV/Å) in the frame's arrays")] = "REF_forces",
+    stress_key: Annotated[str, typer.Option(help="stress label (eV/Å³) in the frame's info, if any")] = "REF_stress",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Look for what is wrong with a data set before anything is trained on it.
@@ -30,7 +31,7 @@ def check(
     """
     from mace_lora.augment.labelling import iter_frames
 
-    findings = check_frames(list(iter_frames(frames)), energy_key, forces_key)
+    findings = check_frames(list(iter_frames(frames)), energy_key, forces_key, stress_key)
     if as_json:
         print_json([asdict(f) for f in findings])
     else:

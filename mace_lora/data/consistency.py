@@ -9,6 +9,8 @@ import numpy as np
 from ase import units
 from numpy.typing import NDArray
 
+from .labels import state
+
 __all__ = ["energy_force_slope", "units_of_slope"]
 
 Floats = NDArray[np.float64]
@@ -23,8 +25,8 @@ def energy_force_slope(
 ) -> tuple[float, float, int]:
     """Energy differences of similar frames against the work of their forces: slope, correlation, pairs.
 
-    For two frames of the same atoms, E_b - E_a = -(F_a + F_b)·(x_b - x_a) / 2 up to third order. The slope is 1
-    where energies and forces are of one method and unit.
+    For two frames of the same atoms, charge and spin, E_b - E_a = -(F_a + F_b)·(x_b - x_a) / 2 up to third order. The
+    slope is 1 where energies and forces are of one method and unit.
 
     Args:
         frames: in the order of the file; pairs up to three apart are compared.
@@ -37,7 +39,7 @@ def energy_force_slope(
             a, b, ea, eb, fa, fb = frames[i], frames[j], energies[i], energies[j], forces[i], forces[j]
             if ea is None or eb is None or fa is None or fb is None or not np.array_equal(a.numbers, b.numbers):
                 continue
-            if not np.allclose(np.array(a.cell), np.array(b.cell), atol=1e-6):
+            if state(a) != state(b) or not np.allclose(np.array(a.cell), np.array(b.cell), atol=1e-6):
                 continue
             step = b.positions - a.positions
             if a.pbc.any():

@@ -11,7 +11,7 @@ from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 from numpy.typing import NDArray
 
-__all__ = ["bond_stiffness", "energy_unit", "force_unit"]
+__all__ = ["bond_stiffness", "energy_unit", "force_unit", "is_balanced", "is_flat"]
 
 Floats = NDArray[np.float64]
 _USUAL = 37.0  # eV/Å^2: C-H 30, N-H 40, O-H 45 (harmonic, from 2900 to 3700 1/cm)
@@ -25,6 +25,21 @@ _ENERGIES = {
     "Hartree": 1.0, "eV": units.Hartree, "kcal/mol": units.Hartree * units.mol / units.kcal,
     "kJ/mol": units.Hartree * units.mol / units.kJ,
 }  # fmt: skip
+
+
+def is_flat(atoms: ase.Atoms) -> bool:
+    """Whether the vectors of the periodic directions span no length, area or volume; a slab needs no third vector."""
+    vectors = np.array(atoms.cell)[atoms.pbc]
+    return len(vectors) > 0 and bool(np.linalg.det(vectors @ vectors.T) < 1e-6)
+
+
+def is_balanced(atoms: ase.Atoms, reach: float = 6.0) -> bool:
+    """Whether symmetry leaves no force on any atom, as in perfect crystals: one made-up pair force sums to nothing."""
+    i, j, vectors = neighbor_list("ijD", atoms, reach)  # (pairs, 3) Å
+    weight = np.exp(-((vectors / 1.5) ** 2).sum(1)) * (1.0 + 0.1 * atoms.numbers[j])
+    force = np.zeros((len(atoms), 3))
+    np.add.at(force, i, weight[:, None] * vectors)
+    return bool(np.abs(force).max(initial=0.0) < 1e-4)
 
 
 def bond_stiffness(
@@ -51,7 +66,7 @@ def bond_stiffness(
         atoms, force = frames[n], forces[n]
         if force is None or force.shape != (len(atoms), 3) or not np.isfinite(force).all():
             continue
-        if not np.isfinite(atoms.positions).all():
+        if not np.isfinite(atoms.positions).all() or is_flat(atoms):
             continue
         i, j, d, vector = neighbor_list("ijdD", in_its_box(atoms), 1.3 * covalent_radii[atoms.numbers])
         for bond in np.flatnonzero((atoms.numbers[i] == 1) & np.isin(atoms.numbers[j], (6, 7, 8))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,16 +38,19 @@ def evaluate(
     each value of a key (--by), a parity plot and JSON.
     """
     from mace_lora.evaluate.metrics import predict
+    from mace_lora.evaluate.reading import read_frames
     from mace_lora.evaluate.report import report, tables, write_report
 
     if not 0 < level < 1:
         raise ValueError(f"--level: expected a number between 0 and 1, got {level}")
-    if not frames.is_file():
-        raise FileNotFoundError(f"no file {frames}")
-    structures = _chosen(frames, index)
+    structures = read_frames(frames, index)
     groups = {key: [_value(a, key, i) for i, a in enumerate(structures)] for key in by or []}
     calculator = _potential(model, adapter, head, device, dtype, structures)
-    predictions = predict(calculator, structures, energy_key, forces_key, stress_key, progress=_bar)  # type: ignore[arg-type]
+    try:
+        predictions = predict(calculator, structures, energy_key, forces_key, stress_key, progress=_bar)  # type: ignore[arg-type]
+    except ValueError as err:
+        within = "" if index == ":" else f" (counted within --index {index})"
+        raise ValueError(f"{frames}: {err}{within}") from err
     content = report(
         predictions, level, groups, model=model, adapter=str(adapter) if adapter else None, frames_file=str(frames)
     )
@@ -83,20 +85,6 @@ def learning_curve(
     console.print(f"written: {output}", highlight=False)
 
 
-def _chosen(path: Path, index: str) -> list[Any]:
-    import ase.io
-
-    if not re.fullmatch(r"-?\d+|-?\d*:-?\d*(:-?\d*)?", index):
-        raise ValueError(f"--index: expected a number or a slice such as 0:100 or ::10, got {index!r}")
-    try:
-        found = ase.io.read(path, index)
-    except (IndexError, StopIteration) as err:
-        raise ValueError(f"--index: {path} has no frame {index}") from err
-    except Exception as err:  # ASE's readers raise whatever their parsing runs into
-        raise ValueError(f"{path}: cannot be read as structures ({type(err).__name__}: {err})") from err
-    return found if isinstance(found, list) else [found]
-
-
 def _value(atoms: Any, key: str, index: int) -> Any:
     if key not in atoms.info:
         raise ValueError(f"--by: frame {index} has no {key!r} in its info; it has {sorted(atoms.info)}")
@@ -112,9 +100,20 @@ def _potential(model: str, adapter: Path | None, head: str | None, device: str, 
         if adapter is not None or head is not None or (device, dtype) != ("cpu", "float64"):
             raise ValueError(f"--adapter, --head, --device, --dtype: {model} is a potential by name; leave them out")
         return open_labeler(model)
+    _require_device(device)
     loaded = model_from(path, adapter)
     _require_elements(loaded, path, frames)
     return _nequip(loaded, head, device) if is_nequip_file(path) else _calculator(loaded, head, device, dtype)
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:  # the latter from builds without CUDA
+        why = str(err).partition("\n")[0]
+        raise ValueError(f"--device: expected cpu, or cuda on a machine with a GPU, got {device!r} ({why})") from err
 
 
 def _require_elements(model: Any, path: Path, frames: list[Any]) -> None:

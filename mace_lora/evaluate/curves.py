@@ -30,7 +30,7 @@ def read_points(specs: Iterable[str]) -> dict[str, dict[int, list[dict[str, Any]
     for spec in specs:
         left, _, file = spec.partition("=")
         name, _, count = left.rpartition(":")
-        if not name or not count.isdigit() or not file:
+        if not name or not count.isdecimal() or not file:
             raise ValueError(f"expected NAME:N=errors.json, e.g. lora:50=evaluation/errors.json, got {spec!r}")
         path = Path(file)
         if path.is_dir():
@@ -39,7 +39,9 @@ def read_points(specs: Iterable[str]) -> dict[str, dict[int, list[dict[str, Any]
             raise FileNotFoundError(f"{spec}: no file {path}")
         try:
             content = json.loads(path.read_text())
-            content["errors"]["mae_e"], content["errors"]["mae_f"]
+            values = [v for key in _KEYS for v in (content["errors"][key], *content["intervals"][key])]
+            if not all(v is None or isinstance(v, int | float) for v in values):
+                raise TypeError(f"not numbers: {values}")
         except (ValueError, KeyError, TypeError) as err:
             raise ValueError(f"{path}: expected an errors.json of equitune evaluate, got something else") from err
         curves.setdefault(name, {}).setdefault(int(count), []).append(content)

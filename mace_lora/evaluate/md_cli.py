@@ -22,28 +22,32 @@ def stability(
     with_: Annotated[str, typer.Option("--with", help="potential, as for equitune label, e.g. mace:run.model")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("stability"),
     temperature: Annotated[float, typer.Option(help="K")] = 300.0,
-    steps: Annotated[int, typer.Option(help="of every trajectory")] = 10_000,
+    steps: Annotated[int, typer.Option(min=1, help="of every trajectory")] = 10_000,
     timestep: Annotated[float, typer.Option(help="fs")] = 0.5,
     friction: Annotated[float, typer.Option(help="1/fs")] = 0.01,
-    replicas: Annotated[int, typer.Option(help="trajectories of every start")] = 5,
-    every: Annotated[int, typer.Option(help="steps between looks and frames kept")] = 100,
+    replicas: Annotated[int, typer.Option(min=1, help="trajectories of every start")] = 5,
+    every: Annotated[int, typer.Option(min=1, help="steps between looks and frames kept")] = 100,
     limit: Annotated[float, typer.Option(help="Å that a bond may be off its length at the start")] = 5.0,
-    nve: Annotated[int, typer.Option(help="NVE steps for the energy drift; 0 for none")] = 2000,
-    seed: Annotated[int, typer.Option(help="equal seeds give equal trajectories")] = 0,
-    workers: Annotated[int, typer.Option(help="processes")] = 1,
+    nve: Annotated[int, typer.Option(min=0, help="NVE steps for the energy drift; 0 for none")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="equal seeds give equal trajectories")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
 ) -> None:
     """Does dynamics with a potential stay physical?
 
     Langevin trajectories until a bond comes apart (fraction that survives), and the drift of the total energy in NVE
     dynamics. Stopped, the same command goes on. Writes stability.json, stability.png and the trajectories.
     """
-    import ase.io
-
     from . import stability as module
+    from .reading import read_frames
 
-    if not frames.is_file():
-        raise FileNotFoundError(f"no file {frames}")
-    starts = ase.io.read(frames, ":")
+    for name, value in (("temperature", temperature), ("timestep", timestep), ("friction", friction), ("limit", limit)):
+        if not 0 < value < np.inf:
+            raise ValueError(f"--{name}: expected a number > 0, got {value}")
+    if every > steps:
+        raise ValueError(f"--every: expected at most --steps ({steps}), got {every}")
+    if 0 < nve < 30:  # before the trajectories, not after them
+        raise ValueError(f"--nve: expected 0 or at least 30 steps, got {nve}")
+    starts = read_frames(frames)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("trajectories", total=None)
         rows = module.stability(
@@ -93,26 +97,22 @@ def rdf(
         "rdf.png"
     ),
     r_max: Annotated[float, typer.Option(help="Å")] = 6.0,
-    bins: Annotated[int, typer.Option(help="number of bins")] = 120,
+    bins: Annotated[int, typer.Option(min=1, help="number of bins")] = 120,
     index: Annotated[str, typer.Option(help="which frames, as an ASE slice")] = ":",
 ) -> None:
     """Radial distribution functions of trajectories, and how far each is from the first."""
-    import ase.io
     from matplotlib.figure import Figure
 
+    from .reading import read_frames
     from .structure import radial_distribution, rdf_distance
 
     pairs = [tuple(p.split("-")) for p in pair]
     for p, text in zip(pairs, pair, strict=True):
         if len(p) != 2:
             raise ValueError(f"--pair: expected two elements such as O-H, got {text!r}")
-    read = {}
-    for path in trajectories:
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
-        if not path.stat().st_size:
-            raise ValueError(f"trajectories: {path} is empty")
-        read[path] = ase.io.read(path, index)
+    if not 0 < r_max < np.inf:
+        raise ValueError(f"--r-max: expected a length > 0 in Å, got {r_max}")
+    read = {path: read_frames(path, index) for path in trajectories}
     figure = Figure(figsize=(4.2 * len(pairs), 3.2), layout="constrained")
     axes = figure.subplots(1, len(pairs), squeeze=False)[0]
     content = []

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mace_lora.augment.labelers import Labeler
+from mace_lora.data.labels import read_label
 
 __all__ = ["Errors", "Predictions", "errors", "intervals", "per_element", "predict", "stress_errors"]
 
@@ -68,7 +69,7 @@ def predict(
         progress: function that wraps an iterable, e.g. ``tqdm``.
 
     Raises:
-        ValueError: no frames, or a frame without any label; its index is named.
+        ValueError: no frames, or a frame without any label or with one that is no number; its index is named.
     """
     if not frames:
         raise ValueError("frames: expected at least one labelled frame, got none")
@@ -100,10 +101,12 @@ def predict(
 
 def _labels(index: int, frame: ase.Atoms, energy_key: str, forces_key: str, stress_key: str) -> tuple[Any, Any, Any]:
     """Energy, forces (atoms, 3) and stress (6,) of one frame; NaN where missing."""
+    try:
+        energy, forces = read_label(frame, "energy", energy_key), read_label(frame, "forces", forces_key)
+        stress = read_label(frame, "stress", stress_key)
+    except ValueError as err:
+        raise ValueError(f"frame {index}: {err}; correct the label, or name another key") from err
     results = frame.calc.results if frame.calc is not None else {}
-    energy = frame.info.get(energy_key, results.get(energy_key))
-    forces = frame.arrays.get(forces_key, results.get(forces_key))
-    stress = frame.info.get(stress_key, results.get(stress_key))
     if energy is None and forces is None:
         raise ValueError(
             f"frame {index}: expected labels {energy_key} and {forces_key}, got "
@@ -111,11 +114,10 @@ def _labels(index: int, frame: ase.Atoms, energy_key: str, forces_key: str, stre
         )
     voigt = np.full(6, np.nan)
     if stress is not None:
-        array = np.asarray(stress, dtype=float)
-        voigt = array.reshape(-1) if array.size == 6 else array.reshape(3, 3)[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+        voigt = stress if stress.size == 6 else stress.reshape(3, 3)[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
     return (
         np.nan if energy is None else float(energy),
-        np.full((len(frame), 3), np.nan) if forces is None else np.asarray(forces, dtype=float),
+        np.full((len(frame), 3), np.nan) if forces is None else forces,
         voigt,
     )
 

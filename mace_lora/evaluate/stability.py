@@ -17,11 +17,18 @@ from ase.md.verlet import VelocityVerlet
 from mace_lora.atomic import write_text
 from mace_lora.augment.dynamics import Schedule, run_trajectory, thermalize_momenta
 from mace_lora.augment.executors import open_executor
+from mace_lora.augment.journal import frame_key
 from mace_lora.augment.labelers import open_labeler
 from mace_lora.augment.perturb import bare
 from mace_lora.augment.topology import find_bonds
 
 __all__ = ["Survival", "bond_excess", "energy_drift", "stability"]
+
+# what a user gives, under the names it has in settings.json
+_GIVEN = {
+    "starts": "start frames", "with": "potential", "start": "temperature", "steps": "steps", "timestep": "timestep",
+    "friction": "friction", "every": "every", "limit": "limit", "seed": "seed",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def stability(
         one entry for each trajectory.
 
     Raises:
-        ValueError: a setting, or a potential that cannot describe a start.
+        ValueError: a setting, a potential that cannot describe a start, or a folder of another run.
     """
     if not starts:
         raise ValueError("starts: expected at least one frame, got none")
@@ -111,8 +118,11 @@ def stability(
     potential = open_labeler(with_)
     for atoms in starts:
         potential.calculator(atoms)
-    settings = {"with": potential.identity, "seed": seed, "limit": limit, "every": every, **asdict(schedule)}
-    _same_settings(folder, settings)
+    settings = {
+        "with": potential.identity, "seed": seed, "limit": limit, "every": every, "steps": steps // every * every,
+        **asdict(schedule),
+    }  # fmt: skip
+    _same_settings(folder, settings | {"starts": [frame_key(a, potential.identity) for a in starts]})
     jobs = [(s, r) for s in range(len(starts)) for r in range(replicas)]
     found: dict[tuple[int, int], Survival] = {}
     with open_executor(executor, workers, 1) as (pool, _):
@@ -131,17 +141,23 @@ def stability(
                 progress(count, len(futures))
     rows = [found[job] for job in jobs]
     content = {
-        **settings, "steps": steps // every * every, "trajectories": len(rows),
-        "surviving": sum(r.survived for r in rows) / len(rows), "runs": [asdict(r) for r in rows],
+        **settings, "trajectories": len(rows), "surviving": sum(r.survived for r in rows) / len(rows),
+        "runs": [asdict(r) for r in rows],
     }  # fmt: skip
     write_text(folder / "stability.json", json.dumps(content, indent=1) + "\n")
     return rows
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Trajectories of other frames or options must neither be reported nor continued as these."""
     file = folder / "settings.json"
-    if file.is_file() and json.loads(file.read_text()) != settings:
-        raise ValueError(f"{folder}: its trajectories are of other settings; give another folder, or remove it")
+    old = json.loads(file.read_text()) if file.is_file() else settings
+    if old != settings:
+        changed = [name for key, name in _GIVEN.items() if old.get(key) != settings[key]]
+        raise ValueError(
+            f"{folder}: its trajectories are of other settings (changed: {', '.join(changed)}); give another folder, "
+            "or remove it"
+        )
     write_text(file, json.dumps(settings) + "\n")
 
 

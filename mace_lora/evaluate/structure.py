@@ -35,8 +35,12 @@ def radial_distribution(
         r (bins,) in Å, g (bins,), standard error (bins,).
 
     Raises:
-        ValueError: no frames, an element that is missing, or a box that is too small.
+        ValueError: no frames, an element that is missing, no bins, or a box that is too small.
     """
+    if bins < 1:
+        raise ValueError(f"bins: expected at least 1, got {bins}")
+    if not 0 < r_max < np.inf:
+        raise ValueError(f"r_max: expected a length > 0 in Å, got {r_max}")
     if not frames:
         raise ValueError("frames: expected at least one, got none")
     numbers = [atomic_numbers.get(s, 0) for s in pair]

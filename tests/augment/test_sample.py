@@ -251,9 +251,12 @@ def test_schedules_that_do_not_fit(settings, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["md", "{xyz}", "--with", "emt", "--temperatures", "hot"], "--temperatures: expected numbers in K or A:B"),
+        (
+            ["md", "{xyz}", "--with", "emt", "--temperatures", "hot"],
+            "--temperatures: expected numbers > 0 in K, or A:B",
+        ),
         (["stretch", "{xyz}", "--low", "2", "--high", "1"], "--low, --high: expected 0 < low < high"),
-        (["rattle", "{xyz}", "--copies", "0"], "--copies: expected at least 1, got 0"),
+        (["rattle", "{xyz}", "--copies", "0"], "Invalid value for '--copies'"),
         (["rattle", "missing.xyz"], "no file missing.xyz"),
     ],
 )

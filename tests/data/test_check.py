@@ -207,6 +207,25 @@ def test_forces_that_cannot_be():
     for atoms in frames:
         atoms.arrays["REF_forces"][:] = 0.0
     assert "all force labels are zero" in problems(frames)
+    found = [f for f in check_frames(crystals()) if f.what == "all force labels are zero"]
+    assert [f.severity for f in found] == ["warning"]
+
+
+def crystals():
+    """Perfect ones of several volumes, in which symmetry leaves no force on any of the atoms."""
+    frames = []
+    for a in (5.3, 5.4, 5.5):
+        atoms = bulk("Si", a=a)
+        atoms.info["REF_energy"] = -10.0 + (a - 5.4) ** 2
+        atoms.arrays["REF_forces"] = np.zeros((2, 3))
+        frames.append(atoms)
+    return frames
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty.xyz").write_text("")
+    with pytest.raises(ValueError, match=r"empty.xyz is empty; expected frames"):
+        require_sound(tmp_path / "empty.xyz")
     frames = good()
     frames[3].arrays["REF_forces"][:] = 0.0
     assert any(w.startswith("1 frames have force labels that are exactly zero") for w in problems(frames))
