@@ -99,6 +99,7 @@ class LoraPlugin(TrainPlugin):
             except (ValueError, FileNotFoundError) as err:
                 raise SettingsError(f"--lora_init_adapter: {err}") from err
         labels.check_files(args)
+        run.state["lora_data"] = labels.data_hashes(args)  # upstream turns the files into heads later
 
     def before_model(self, run: Run) -> None:
         _check_adapter_folder(run)
@@ -283,5 +284,5 @@ def _metadata(run: Run, model: nn.Module) -> dict[str, Any]:
         "foundation_head": run.args.foundation_head,
         "run": run.tag,
         "command": " ".join(sys.argv),
-        "data": labels.data_hashes(run.args),
+        "data": run.state["lora_data"],
     }

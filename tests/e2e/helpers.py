@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ase
 import ase.io
+from warm import run as run_warm
 
 EMBEDDED = Path(__file__).parents[2] / "mace_lora" / "embedded"
 BIN = Path(sys.executable).parent
@@ -37,20 +38,24 @@ def flags(job: Path, work: Path, **changes: object) -> list[str]:
     return out
 
 
-def launch(arguments: list, check: bool = True, disable: bool = False, **kwargs) -> subprocess.CompletedProcess:
+def launch(
+    arguments: list, check: bool = True, disable: bool = False, warm: bool = False, **kwargs
+) -> subprocess.CompletedProcess:
     """Run a command with one thread; on failure show its output."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "EQUITUNE_DISABLE": "1" if disable else "0", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [str(a) for a in arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+    words = [str(a) for a in arguments]
+    if warm:
+        done = run_warm(words, env)
+    else:
+        done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
     if check:
         assert done.returncode == 0, done.stdout[-3000:]
     return done
 
 
 def train(job: Path, work: Path, check: bool = True, disable: bool = False, **changes) -> subprocess.CompletedProcess:
-    """Run the console script."""
-    return launch([BIN / "mace_run_train", *flags(job, work, **changes)], check=check, disable=disable)
+    """Run the console script; without equitune in a process of its own."""
+    return launch([BIN / "mace_run_train", *flags(job, work, **changes)], check, disable, warm=not disable)
 
 
 def base_frames(part: str, count: int) -> list[ase.Atoms]:
