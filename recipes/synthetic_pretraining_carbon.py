@@ -3,7 +3,8 @@
 Purpose:  the carbon experiment of Gardner et al. (Mach. Learn.: Sci. Technol. 5, 015003), in kind: NequIP (r_max 4, 4
           layers, 32 features, l_max 1) is pre-trained on carbon structures labelled by an empirical or machine-learned
           potential and fine-tuned on N = 25 … 250 DFT structures; test RMSE of energy and forces against direct
-          training at the best of three learning rates. --source names the labels; several can be compared.
+          training at the best of three learning rates. --source names the labels, e.g. lammps:tersoff,
+          lammps:edip, lammps:lcbop, nep:FILE, sevennet:7net-0 or mace:FILE; several can be compared.
 Command:  python recipes/synthetic_pretraining_carbon.py frames                       # MACE environment, [lammps]
           python recipes/synthetic_pretraining_carbon.py label --source lammps:tersoff   # where the source is installed
           python recipes/synthetic_pretraining_carbon.py run --data CARBON.xyz --source lammps:tersoff   # in NequIP's

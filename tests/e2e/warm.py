@@ -15,10 +15,11 @@ from pathlib import Path
 
 _SERVER = r"""
 import atexit, json, os, runpy, sys, traceback
-import mace.cli.run_train
 
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
+os.dup2(2, 1)  # imports print
+import mace.cli.run_train
+
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
