@@ -172,6 +172,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.timeout(1800)  # compiles twice
 def test_training_compiled_packaged_and_in_ase(trained):
     from test_lora_lifecycle import BIN, call, close, predict
 
