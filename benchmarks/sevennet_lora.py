@@ -158,6 +158,9 @@ def run(
     first, *rest = [int(s) for s in seeds.split(",")]
     for name in sets.split(","):
         rows = {m: [one_run(name, m, lr, first, epochs, data, results) for lr in lrs] for m, lrs in LRS.items()}
+        for method, done in rows.items():  # a best rate at the upper edge: the sweep goes on
+            while (best := min(done, key=score)) is max(done, key=lambda r: r["lr"]) and len(done) < 5:
+                done.append(one_run(name, method, 2 * best["lr"], first, epochs, data, results))
         for seed in rest:
             for method, done in rows.items():
                 one_run(name, method, min(done, key=score)["lr"], seed, epochs, data, results)

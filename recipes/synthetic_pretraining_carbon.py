@@ -40,6 +40,7 @@ from ase.build import bulk
 
 from mace_lora.atomic import atomic_path, write_text
 from mace_lora.augment import Schedule, label, sample_md
+from mace_lora.data import require_sound
 
 # cells for each density, frames of each, test structures, numbers of DFT structures, epochs of pre-training, steps
 SCALES = {
@@ -245,6 +246,8 @@ def run(
     """Train directly and after pre-training for every number of DFT structures."""
     sizes: dict[str, Any] = SCALES[settings_of(folder)["scale"]]
     variant = Variant(source, frames, pretrain_epochs, same)
+    for file in (data, *([test] if test else [])):
+        require_sound(structures(file))
     for seed in seeds.split(","):
         for count in map(int, counts.split(",")) if counts else sizes["counts"]:
             print(f"{variant.name}, seed {seed}, {count} structures", flush=True)

@@ -35,6 +35,7 @@ from mace_lora.atomic import atomic_path, write_text
 from mace_lora.augment import Schedule, keep_sound, label, open_labeler, rattle, sample_md
 from mace_lora.augment.perturb import bare
 from mace_lora.autotune.advice import with_labels
+from mace_lora.data import require_sound
 from mace_lora.lora.energies import solve_offsets
 
 # molecules, frames of dynamics and rattled copies of each, quantum frames and test frames, numbers of labels,
@@ -98,6 +99,9 @@ def prepare(
     sizes: dict[str, Any] = SCALES[scale]
     for method in (classical, *([] if Path(quantum).is_file() else [quantum])):
         open_labeler(method)  # a wrong name before the folder is claimed
+    if Path(quantum).is_file():
+        known = with_labels(ase.io.read(quantum, ":"))  # standard labels too
+        require_sound(known)
     starts = [bare(a) for a in ase.io.read(molecules, ":") if {*a.get_chemical_symbols()} <= {*"HCNO"}]
     for atoms in starts:
         atoms.set_cell(None)
@@ -117,7 +121,7 @@ def prepare(
     many += keep_sound(rattle(a, 0.08, rng) for a in starts for _ in range(sizes["rattle"]))
     label(write(folder / "many.xyz", many), folder / "classical.xyz", classical, workers=workers)
     if Path(quantum).is_file():
-        write(folder / "quantum.xyz", with_labels(ase.io.read(quantum, ":")))  # standard labels too
+        write(folder / "quantum.xyz", known)
     else:
         label(write(folder / "few.xyz", few), folder / "quantum.xyz", quantum, workers=workers)
     for name in ("classical", "quantum"):

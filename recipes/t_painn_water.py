@@ -38,6 +38,7 @@ from mace_lora.augment import Schedule, label, molecule, open_labeler, pack, sam
 from mace_lora.augment.dynamics import thermalize_momenta
 from mace_lora.augment.perturb import bare
 from mace_lora.autotune.advice import with_labels
+from mace_lora.data import require_sound
 from mace_lora.evaluate.structure import radial_distribution, rdf_distance
 
 # classical frames of each temperature, test frames, numbers of labels, epochs of pre-training, steps after; ps
@@ -101,6 +102,7 @@ def train(
     """Classical frames and labels, then both trainings for every number of labels."""
     open_labeler(classical)  # a wrong name before the folder is claimed
     frames = quantum_frames(data)
+    require_sound(frames)
     sizes = claim(folder, scale, classical)
     if not (folder / "md.xyz").exists():
         boxes = [pack([molecule("O")], [64], density, seed=k) for k, density in enumerate((0.95, 1.0, 1.05))]

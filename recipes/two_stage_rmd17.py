@@ -31,6 +31,7 @@ import yaml
 from ase import units
 
 from mace_lora.atomic import atomic_path, write_text
+from mace_lora.data import require_sound
 
 KCAL = units.kcal / units.mol
 TRAIN, VALID = 40, 10  # 50 labels in all
@@ -83,6 +84,7 @@ def prepare(place: Path, data: Path, molecule: str, seed: int, base: str, sizes:
         "test": [test[i] for i in np.random.default_rng(0).permutation(len(test))[: sizes["test"]]],
     }  # fmt: skip
     for name, frames in parts.items():
+        require_sound(frames)
         if not (place / f"{name}.xyz").exists():
             with atomic_path(place / f"{name}.xyz") as temporary:
                 ase.io.write(temporary, frames, format="extxyz", write_results=False)
