@@ -53,17 +53,22 @@ def folder(tmp_path):
     return tmp_path
 
 
+def explored_round(folder, deviations, ratio):
+    """Config and folder of a round whose committee is trained, calibrated and has explored."""
+    place = folder / "run" / "round-00"
+    place.mkdir(parents=True)
+    (place / "calibration.json").write_text(json.dumps({"frames": 1, "error_over_deviation": ratio}))
+    for name in ("train", "valid"):
+        (place / f"{name}.xyz").write_text((folder / "labelled.xyz").read_text())
+    ase.io.write(place / "explored.xyz", [molecule("CH3CH2OH")] * len(deviations))
+    (place / "deviation.json").write_text(json.dumps(deviations))
+    return read_config(folder / "config.yaml"), place
+
+
 def test_overconfident_committees_are_told_and_corrected(folder, monkeypatch):
     from mace_lora.augment import active
 
-    config = read_config(folder / "config.yaml")
-    place = folder / "run" / "round-00"
-    place.mkdir(parents=True)
-    (place / "calibration.json").write_text('{"frames": 1, "error_over_deviation": 8.0}')
-    for name in ("train", "valid"):
-        (place / f"{name}.xyz").write_text((folder / "labelled.xyz").read_text())
-    ase.io.write(place / "explored.xyz", [molecule("CH3CH2OH")] * 4)
-    (place / "deviation.json").write_text("[5.0, 20.0, 60.0, 90.0]")
+    config, place = explored_round(folder, [5.0, 20.0, 60.0, 90.0], 8.0)
     monkeypatch.setattr(active, "_train", lambda *_: None)
     config.window, config.stop_below = (100.0, 500.0), 0.9
     said: list[str] = []
@@ -80,14 +85,7 @@ def test_lost_frames_count_as_candidates(folder, monkeypatch):
     """A model whose dynamics blows up is not done, however much its committee agrees on what is left."""
     from mace_lora.augment import active
 
-    config = read_config(folder / "config.yaml")
-    place = folder / "run" / "round-00"
-    place.mkdir(parents=True)
-    (place / "calibration.json").write_text('{"frames": 1, "error_over_deviation": 1.0}')
-    for name in ("train", "valid"):
-        (place / f"{name}.xyz").write_text((folder / "labelled.xyz").read_text())
-    ase.io.write(place / "explored.xyz", [molecule("CH3CH2OH")])  # of 4
-    (place / "deviation.json").write_text("[0.1]")
+    config, place = explored_round(folder, [0.1], 1.0)  # 1 frame of 4
     monkeypatch.setattr(active, "_train", lambda *_: None)
     config.stop_below = 0.9
     said: list[str] = []
