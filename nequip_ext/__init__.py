@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AlignEnergies": "nequip_ext.energies",
     "Autotuned": "nequip_ext.autotune.builder",
+    "GradualUnfreezing": "nequip_ext.autotune.schedule",
+    "LayerwiseRates": "nequip_ext.autotune.schedule",
     "LoRA": "nequip_ext.lora.builder",
     "MultiScaleNequIP": "nequip_ext.multiscale.model",
     "MuonParamGroups": "nequip_ext.lora.param_groups",
@@ -23,8 +25,8 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "AlignEnergies", "Autotuned", "LoRA", "MultiScaleNequIP", "MuonParamGroups", "PaiNN", "SaveAdapter",
-    "TrainedParams",
+    "AlignEnergies", "Autotuned", "GradualUnfreezing", "LayerwiseRates", "LoRA", "MultiScaleNequIP", "MuonParamGroups",
+    "PaiNN", "SaveAdapter", "TrainedParams",
 ]  # fmt: skip
 
 

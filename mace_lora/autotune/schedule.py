@@ -7,13 +7,13 @@ interaction with its product, the readouts are on top, the embedding is at the b
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Unfreezing", "depth", "layerwise"]
+__all__ = ["Unfreezing", "by_depth", "depth", "layerwise"]
 
 _BLOCK = re.compile(r"(?:^|\.)(?:interactions|products)\.(\d+)\.")
 
@@ -47,12 +47,19 @@ def layerwise(model: Any, groups: Sequence[dict[str, Any]], lr: float, decay: fl
     Returns:
         new groups over the same parameters; the weight decay and everything else of a group is kept.
     """
-    names = {id(p): n for n, p in model.named_parameters()}
+    depths = {id(p): depth(n, len(model.interactions)) for n, p in model.named_parameters()}
+    return by_depth(groups, depths, lr, decay)
+
+
+def by_depth(
+    groups: Sequence[dict[str, Any]], depths: Mapping[int, int], lr: float, decay: float
+) -> list[dict[str, Any]]:
+    """The groups of :func:`layerwise`, for depths by ``id`` of the parameter."""
     out = []
     for group in groups:
         parts: dict[int, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            parts.setdefault(depth(names[id(parameter)], len(model.interactions)), []).append(parameter)
+            parts.setdefault(depths[id(parameter)], []).append(parameter)
         for level, parameters in sorted(parts.items()):
             name = f"{group['name']}_{level}" if "name" in group else str(level)
             rate = group.get("lr", lr) * decay**level

@@ -19,6 +19,7 @@ from mace_lora.mace_plugin.labels import label_of
 __all__ = ["normalisation", "run"]
 
 _KEYS = {"frames", "val", "epochs", "lr", "checkpoint"}
+_SCHEDULE = {"lr_decay": ("LayerwiseRates", "decay", 1.0), "unfreeze": ("GradualUnfreezing", "every", None)}
 _FILES = ("file_path", "train_file_path", "val_file_path", "test_file_path")
 _ELSEWHERE = ("folder", "autotune", "run", "hydra", "frames")  # of no consequence for stage one, or hashed
 _REPORTS = tuple(
@@ -53,6 +54,7 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
     _check_keys(yaml.safe_load(file.read_text()), file, overrides)
     config = _compose(folder, name, overrides)
     settings = _settings(config["autotune"], file)
+    schedule = _schedule(config, file)
     classical: Source = settings.pop("source")
     _check_levels(classical, config)
     if config.get("folder") is None:
@@ -64,6 +66,8 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
         *overrides, f"frames={_quoted(classical.path)}", f"epochs={settings['epochs']}", f"lr={settings['lr']}",
         *(f"data.split_dataset.{part}={count}" for part, count in split.items()), "run=[train]",
         "autotune.checkpoint=null",
+        *(f"autotune.{key}={'null' if off is None else off}" for key, (*_, off) in _SCHEDULE.items()
+          if key in config["autotune"]),
     ]  # fmt: skip
     wanted = _fingerprint(_compose(folder, name, mine), classical.path)
     if _finished(first, wanted):
@@ -73,7 +77,7 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
         write_text(first / "stage_one.json", json.dumps({"finished": False, "settings": wanted}) + "\n")
         _train(folder, name, first, mine)
         write_text(first / "stage_one.json", json.dumps({"finished": True, "settings": wanted}) + "\n")
-    _check_start(out, first / "best.ckpt")
+    _check_start(out, first / "best.ckpt", schedule)
     say("stage two: fine-tuning on the quantum labels")
     neighbours = [f"{k}={v}" for k, v in normalisation(first / "best.ckpt").items()]
     _train(folder, name, out, [*overrides, f"autotune.checkpoint={_quoted(first / 'best.ckpt')}", *neighbours])
@@ -174,20 +178,53 @@ def _finished(first: Path, wanted: dict[str, str]) -> bool:
     return bool(content["finished"]) and (first / "best.ckpt").is_file()
 
 
-def _check_start(out: Path, checkpoint: Path) -> None:
-    """Stage two goes on from its own classical stage only; a new one is noted.
+def _schedule(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The schedule of stage two, which the config must hand on to what carries it out.
 
     Raises:
-        ValueError: its last checkpoint started from other weights.
+        ValueError: a value out of range, or one that nothing in the config uses.
+    """
+    found = {key: config["autotune"].get(key, off) for key, (*_, off) in _SCHEDULE.items()}
+    decay, every = found["lr_decay"], found["unfreeze"]
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1:
+        raise ValueError(f"{file}: autotune.lr_decay: expected a factor above 0 and up to 1, got {decay!r}")
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"{file}: autotune.unfreeze: expected null or at least 1 epoch, got {every!r}")
+    groups = config.get("training_module", {}).get("optimizer", {}).get("param_groups") or {}
+    parts = [groups, *(config.get("trainer", {}).get("callbacks") or [])]
+    for key, (name, argument, off) in _SCHEDULE.items():
+        used = any(
+            str(p.get("_target_", "")).endswith(name) and p.get(argument) == f"${{autotune.{key}}}" for p in parts
+        )
+        if found[key] != off and not used:
+            raise ValueError(
+                f"{file}: autotune.{key}: nothing in the config uses it; expected nequip_ext.{name} with "
+                f"{argument}: ${{autotune.{key}}}, as in recipes/configs/nequip_autotune.yaml"
+            )
+    return found
+
+
+def _check_start(out: Path, checkpoint: Path, schedule: dict[str, Any]) -> None:
+    """Stage two goes on from its own classical stage and with its own schedule only; new ones are noted.
+
+    Raises:
+        ValueError: its last checkpoint started from other weights, or had another schedule.
     """
     marker, digest = out / "stage_two.json", content_digest(checkpoint)
-    saved = json.loads(marker.read_text())["classical"] if marker.is_file() else None
-    if (out / "last.ckpt").is_file() and saved != digest:
-        raise ValueError(
-            f"{out / 'last.ckpt'}: it did not start from {checkpoint} as it is now; remove last.ckpt and best.ckpt of "
-            f"{out} to start stage two anew, or give another folder"
-        )
-    write_text(marker, json.dumps({"classical": digest}) + "\n")
+    saved = json.loads(marker.read_text()) if marker.is_file() else {}
+    if (out / "last.ckpt").is_file():
+        if saved.get("classical") != digest:
+            raise ValueError(
+                f"{out / 'last.ckpt'}: it did not start from {checkpoint} as it is now; remove last.ckpt and best.ckpt "
+                f"of {out} to start stage two anew, or give another folder"
+            )
+        for key, value in schedule.items():
+            if (before := saved.get(key, _SCHEDULE[key][-1])) != value:
+                raise ValueError(
+                    f"autotune.{key}: expected {before} as in {out / 'last.ckpt'}, which is continued, got {value}; "
+                    "give it again, or another folder"
+                )
+    write_text(marker, json.dumps({"classical": digest, **schedule}) + "\n")
 
 
 def _quoted(path: Path) -> str:
@@ -212,10 +249,10 @@ def _check_keys(config: dict[str, Any], file: Path, overrides: Sequence[str]) ->
         key = override.partition("=")[0].lstrip("+")
         if key.startswith("autotune."):
             found.add(key.removeprefix("autotune."))
-    unknown, missing = sorted(found - _KEYS), sorted(_KEYS - {"checkpoint"} - found)
+    unknown, missing = sorted(found - _KEYS - {*_SCHEDULE}), sorted(_KEYS - {"checkpoint"} - found)
     if unknown or missing:
         raise ValueError(
-            f"{file}: autotune: expected the keys {', '.join(sorted(_KEYS))}; "
+            f"{file}: autotune: expected the keys {', '.join(sorted(_KEYS))}, and if wanted {', '.join(_SCHEDULE)}; "
             + (f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}")
         )
 

@@ -55,6 +55,7 @@ def run(folder, *overrides: str, check: bool = True, out: str = "out") -> str:
     return call(
         BIN / "equitune", "nequip-autotune", "recipes/configs/nequip_autotune.yaml", f"folder={folder}/{out}",
         "epochs=2", f"autotune.frames={folder}/classical.xyz", "autotune.val=5", "autotune.epochs=2",
+        "autotune.lr_decay=0.5",
         "data.split_dataset.train=20", "data.split_dataset.val=5", "data.split_dataset.test=175", *overrides,
         check=check,
     )  # fmt: skip
@@ -71,6 +72,8 @@ def model_of(checkpoint):
 def test_two_stages(work):
     log = (work / "log").read_text()
     assert log.index("stage one: training on") < log.index("stage two: fine-tuning") < log.index("written:")
+    rates = re.findall(r"learning rates from the readouts down: (.*)", log)
+    assert [r.strip() for r in rates] == ["0.005, 0.0025, 0.00125, 0.000625, 0.000313"]  # not in stage one
     assert "tensors taken over from" in log and "kept of this level of theory" in log
     before, after = map(float, re.findall(r"rms residual ([\d.]+) -> ([\d.]+) per atom", log)[-1])
     assert after < 0.5 * before
@@ -162,6 +165,8 @@ def test_aligning_needs_shifts(work):
         ("autotune.frames=gone.xyz", "autotune.frames: no file"),
         ("autotune.val=30", "autotune.val: expected between 1 and 28 of the frames"),
         ("autotune.epoch=3", "autotune: expected the keys .* unknown: epoch"),
+        ("autotune.lr_decay=0", "autotune.lr_decay: expected a factor above 0 and up to 1, got 0"),
+        ("autotune.unfreeze=0.5", "autotune.unfreeze: expected null or at least 1 epoch, got 0.5"),
     ],
 )
 def test_bad_configs(springs, override, message):
@@ -173,7 +178,10 @@ def test_bad_configs(springs, override, message):
 def test_config_without_the_key(tmp_path):
     shutil.copy(ROOT / "recipes" / "configs" / "nequip_scratch.yaml", tmp_path / "plain.yaml")
     shown = call(BIN / "equitune", "nequip-autotune", tmp_path / "plain.yaml", check=False)
-    assert "autotune: expected the keys checkpoint, epochs, frames, lr, val; missing" in " ".join(shown.split())
+    assert (
+        "autotune: expected the keys checkpoint, epochs, frames, lr, val, and if wanted lr_decay, unfreeze; missing"
+        in " ".join(shown.split())
+    )
     shown = call(BIN / "equitune", "nequip-autotune", tmp_path / "gone.yaml", check=False)
     assert "no file" in shown
 
@@ -240,6 +248,21 @@ def test_a_changed_classical_stage_is_not_continued(stages, tmp_path):
     with pytest.raises(ValueError, match="checkpoints are left of a stage whose settings are unknown"):
         go()
     assert not json.loads((tmp_path / "out" / "stage_two.json").read_text())["classical"].startswith("other")
+
+
+def test_schedule_is_of_stage_two_alone(stages):
+    go, calls, _, _ = stages
+    with pytest.raises(
+        ValueError, match=r"autotune.unfreeze: nothing in the config uses it; expected nequip_ext.Gradual"
+    ):
+        go("autotune.unfreeze=2", "trainer.callbacks=[]")
+    go("autotune.unfreeze=2", "autotune.lr_decay=0.5")
+    one, two = (config["autotune"] for _, config in calls)
+    assert (one["unfreeze"], one["lr_decay"], two["unfreeze"], two["lr_decay"]) == (None, 1.0, 2, 0.5)
+    with pytest.raises(
+        ValueError, match=r"autotune.lr_decay: expected 0.5 as in .*last.ckpt, which is continued, got 1"
+    ):
+        go("autotune.unfreeze=2")
 
 
 def test_levels_are_checked_before_training(stages, springs):
