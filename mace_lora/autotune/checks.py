@@ -18,6 +18,7 @@ from mace_lora.mace_plugin import labels
 from mace_lora.mace_plugin.protocol import SettingsError
 
 from .levels import Source, check_elements, check_mixed_up, numbers_of, read_source, symbols
+from .offsets import by_composition
 
 __all__ = ["check_data", "check_settings"]
 
@@ -42,6 +43,11 @@ def check_settings(args: argparse.Namespace) -> None:
         raise SettingsError(
             f"--autotune_E0s {args.autotune_E0s}: the classical stage has no foundation model; expected average or a "
             "dictionary of isolated-atom energies"
+        )
+    if args.autotune_offsets == "composition" and args.autotune_E0s not in (None, "average"):
+        raise SettingsError(
+            f"--autotune_offsets composition: not with --autotune_E0s {args.autotune_E0s}: without the mean of each "
+            "composition, energies of isolated atoms mean nothing; drop one of the two"
         )
     _refuse_schedules(args)
     _refuse_lora(args)
@@ -146,6 +152,13 @@ def check_data(args: argparse.Namespace) -> bool:
             )
         _check_references("--E0s", args.E0s, [train, *valid], isolated)
     _check_references("--autotune_E0s", args.autotune_E0s, [classical, *more], _isolated(classical))
+    if args.autotune_offsets == "composition":
+        if _isolated(classical):
+            raise SettingsError(
+                "--autotune_offsets composition: --autotune_train_file has IsolatedAtom frames, whose energies mean "
+                "nothing without the mean of each composition; remove them, or drop the flag"
+            )
+        by_composition([classical, *more], args.energy_key, lambda _: None)
     return bool(isolated)
 
 

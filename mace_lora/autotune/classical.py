@@ -17,6 +17,8 @@ from mace_lora.atomic import content_digest, write_text
 from mace_lora.mace_plugin.protocol import SettingsError
 
 from .child import run_child
+from .levels import read_source
+from .offsets import by_composition, write_without
 
 __all__ = ["STAGE", "become_classical", "classical_model", "classical_stage", "fingerprint", "multiscale_sizes"]
 
@@ -47,8 +49,12 @@ def become_classical(args: argparse.Namespace) -> None:
     """Change the arguments of this process, which runs stage one, to those of the classical training."""
     from mace.tools.arg_parser import build_default_arg_parser
 
-    args.train_file = args.autotune_train_file
-    args.valid_file = args.autotune_valid_file
+    args.train_file, args.valid_file = args.autotune_train_file, args.autotune_valid_file
+    if _by_composition(args):
+        args.train_file, args.valid_file = (
+            str(_without_offsets(args, part)) if part is not None else None
+            for part in (args.autotune_train_file, args.autotune_valid_file)
+        )
     args.valid_fraction = 0.05
     args.name = f"{args.name}_classical"
     for place in ("checkpoints_dir", "results_dir", "log_dir"):  # upstream has named their files already
@@ -99,6 +105,8 @@ def classical_stage(args: argparse.Namespace) -> Path:
         return model
     record.parent.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps(wanted) + "\n")
+    if _by_composition(args):
+        _take_off_offsets(args)
     _say(f"stage one: training on the classical labels of {args.autotune_train_file}")
     program = [sys.executable, "-c", "from mace_lora.cli import main; main()", "run", "mace_run_train"]
     code = run_child([*program, *sys.argv[1:]], env=os.environ | {STAGE: "classical"})
@@ -109,6 +117,28 @@ def classical_stage(args: argparse.Namespace) -> Path:
     _is_whole(model, [record, *_left(args)])
     _say("stage two: fine-tuning on the quantum labels")
     return model
+
+
+def _by_composition(args: argparse.Namespace) -> bool:
+    return bool(args.autotune_offsets == "composition")
+
+
+def _without_offsets(args: argparse.Namespace, path: str) -> Path:
+    """Copy of a classical file for stage one."""
+    part = "train" if path == args.autotune_train_file else "valid"
+    return Path(args.checkpoints_dir) / "classical" / f"{args.name}_{part}_without_offsets.xyz"
+
+
+def _take_off_offsets(args: argparse.Namespace) -> None:
+    sources = [
+        read_source(f"--{flag}", getattr(args, flag)) for flag in ("autotune_train_file", "autotune_valid_file")
+        if getattr(args, flag) is not None
+    ]  # fmt: skip
+    offsets = by_composition(sources, args.energy_key, _say)
+    for source in sources:
+        path = _without_offsets(args, getattr(args, source.setting.removeprefix("--")))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_without(source, offsets, args.energy_key, path)
 
 
 def _say(text: str) -> None:
@@ -164,6 +194,7 @@ def fingerprint(args: argparse.Namespace) -> dict[str, str]:
     for name in ("autotune_train_file", "autotune_valid_file"):
         value = getattr(args, name)
         out[name] = "None" if value is None else content_digest(value)
+    out["autotune_offsets"] = str(args.autotune_offsets or "element")
     return out
 
 

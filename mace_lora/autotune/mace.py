@@ -28,7 +28,7 @@ __all__ = ["AutotunePlugin"]
 
 _OPTIONS = (
     "autotune_valid_file", "autotune_epochs", "autotune_lr", "autotune_E0s", "autotune_rescale", "autotune_lr_decay",
-    "autotune_unfreeze", "autotune_refit_E0s",
+    "autotune_unfreeze", "autotune_refit_E0s", "autotune_offsets",
 )  # fmt: skip
 
 
@@ -55,6 +55,11 @@ class AutotunePlugin(TrainPlugin):
         group.add_argument("--autotune_epochs", type=int, help="of the classical stage (default --max_num_epochs)")
         group.add_argument("--autotune_lr", type=float, help="learning rate of the classical stage (default 0.01)")
         group.add_argument("--autotune_E0s", help="energy references of the classical labels (default average)")
+        group.add_argument(
+            "--autotune_offsets", choices=("element", "composition"),
+            help="what the classical stage need not learn: an energy of every element (--autotune_E0s), or the mean "
+            "energy of every composition, for force fields and many molecules (default element)",
+        )  # fmt: skip
         group.add_argument(
             "--autotune_rescale", type=str2bool,
             help="multiply the energy scale by the ratio of quantum to classical rms forces (default True)",

@@ -42,6 +42,7 @@ def test_sound_commands(arguments, frames_file):
         ({"lora": True, "lora_rank": 0}, "--lora_rank: .*got 0"),
         ({"lora": True, "freeze": 3}, "--freeze 3: --lora already freezes the base"),
         ({"pt_train_file": "x.xyz"}, "--E0s average: not with --pt_train_file, .* give --E0s=estimated"),
+        ({"autotune_offsets": "composition", "autotune_E0s": "{1: -1.0}"}, "--autotune_offsets composition: not with"),
         ({"autotune_E0s": "estimated"}, "--autotune_E0s estimated: the classical stage has no foundation model"),
     ],
 )

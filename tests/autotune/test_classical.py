@@ -75,6 +75,7 @@ def test_harmless_changes_keep_stage_one(arguments, tmp_path, frames_file):
         ({"lr_scheduler_gamma": 0.5}, "--lr_scheduler_gamma: 0.9993 before, 0.5 now"),
         ({"amsgrad": True, "weight_decay": 0.1}, "--weight_decay: 5e-07 before, 0.1 now"),
         ({"autotune_E0s": "{1: 0.0, 6: 0.0, 8: 0.0}"}, "--autotune_E0s: average before"),
+        ({"autotune_offsets": "composition"}, "--autotune_offsets: element before, composition now"),
         ({"energy_key": "other"}, "--energy_key: REF_energy before, other now"),
         ({"autotune_valid_file": "{v}"}, r"--autotune_valid_file: None before, \w{64} now"),
     ],

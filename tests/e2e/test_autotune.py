@@ -144,13 +144,14 @@ def test_shift_takes_the_mean_residual(job, classical, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "multiscale"])
 def test_with_lora_and_with_a_multiscale_model(job, classical, tmp_path, kind):
     extra = {"lora": True, "lora_rank": 2} if kind == "lora" else {
-        "model": "MultiScaleMACE", "r_short": 2.5, "num_channels_long": 4,
+        "model": "MultiScaleMACE", "r_short": 2.5, "num_channels_long": 4, "autotune_offsets": "composition",
     }  # fmt: skip
     done = train(job, tmp_path, **TWO_STAGES | extra, autotune_train_file=classical)
     if kind == "lora":
         assert (tmp_path / "run-adapter" / "adapter_model.safetensors").is_file()
         assert "energy residual on 10 frames" in done.stdout
     else:
+        assert "energy offsets of 1 composition(s) taken off" in done.stdout
         assert {type(load(tmp_path / f"{n}.model")).__name__ for n in ("run", "run_classical")} == {"MultiScaleMACE"}
 
 
