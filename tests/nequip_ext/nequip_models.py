@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 
 import torch
+from nequip.utils.unittests.model_tests import BaseEnergyModelTests
+from nequip.utils.unittests.model_tests_basic import EnergyModelTestsMixin
+
+# upstream's training, packaging and compilation tests take minutes each
+Upstream = BaseEnergyModelTests if os.environ.get("EQUITUNE_FULL") == "1" else EnergyModelTestsMixin
 
 COMMON = {
     "seed": 123, "type_names": ["H", "C", "O"], "r_max": 4.0, "avg_num_neighbors": 6.0,

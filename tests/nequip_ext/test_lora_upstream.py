@@ -14,15 +14,12 @@ import pytest
 pytest.importorskip("nequip")
 
 from nequip.utils.unittests.conftest import *  # noqa: F403  upstream's fixtures
-from nequip.utils.unittests.model_tests import BaseEnergyModelTests
-from nequip.utils.unittests.model_tests_basic import EnergyModelTestsMixin
-from nequip_models import MODELS, randomise
+from nequip_models import MODELS, Upstream, randomise
 
 from mace_lora.lora.inject import adapter_layers
 
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 pytestmark = pytest.mark.nequip
-Base = BaseEnergyModelTests if os.environ.get("EQUITUNE_FULL") == "1" else EnergyModelTestsMixin
 
 
 @pytest.fixture(scope="session", params=["float64"])
@@ -30,7 +27,7 @@ def model_dtype(request):
     return request.param
 
 
-class LoraTests(Base):
+class LoraTests(Upstream):
     """The tests with an adapter that is not zero."""
 
     name = ""

@@ -11,8 +11,7 @@ pytest.importorskip("nequip")
 
 from nequip.data import AtomicDataDict
 from nequip.utils.unittests.conftest import *  # noqa: F403  upstream's fixtures
-from nequip.utils.unittests.model_tests import BaseEnergyModelTests
-from nequip_models import MODELS, build, energy_forces, molecule
+from nequip_models import MODELS, Upstream, build, energy_forces, molecule
 from test_lora_lifecycle import train
 
 # upstream's tests start nequip-train by name
@@ -28,8 +27,8 @@ def model_dtype(request):
     return request.param
 
 
-class TestUpstream(BaseEnergyModelTests):
-    """Everything that NequIP asks of an energy model: eager, compiled, packaged, AOT Inductor, symmetries, cutoffs."""
+class TestUpstream(Upstream):
+    """What NequIP asks of an energy model; EQUITUNE_FULL=1: also trained, compiled and packaged."""
 
     @pytest.fixture(scope="class")
     @classmethod
