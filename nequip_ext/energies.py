@@ -125,16 +125,19 @@ def residuals_of(
 
 
 def check_data(trainer: Any, model: Any) -> None:
-    """The training data must number the types as the model does, and have neighbours as far as it looks.
+    """Training and validation data must number the types as the model does, and have neighbours as far as it looks.
 
     Upstream does not compare them: a model on data with other types or a shorter cutoff trains, and is wrong.
 
     Raises:
         ValueError: another order or set of types, or a shorter cutoff.
     """
-    waiting = [trainer.datamodule.train_dataloader().dataset]
+    waiting = [trainer.datamodule.train_dataset, *trainer.datamodule.val_dataset]
     while waiting:
         dataset = waiting.pop()
+        if isinstance(dataset, list):
+            waiting += dataset
+            continue
         waiting += [dataset.dataset] if hasattr(dataset, "dataset") else list(getattr(dataset, "datasets", ()))
         for transform in getattr(dataset, "transforms", ()):
             types, cutoff = getattr(transform, "model_type_names", None), getattr(transform, "r_max", None)

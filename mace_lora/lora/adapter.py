@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from .fingerprint import fingerprint, layer_fingerprint
 from .inject import RECORDS, ModulePlan, adapter_layers, adapter_names, apply_plan, delete_adapter
 from .layers import AdapterLayer
 
-__all__ = ["AdapterFile", "adapter_tensors", "config_json", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = [
+    "AdapterFile", "adapter_tensors", "config_json", "framework_of", "load_adapter", "read_adapter", "save_adapter",
+]  # fmt: skip
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -216,6 +219,11 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if bad:
         raise ValueError(f"adapter {folder}: tensor {bad[0]} contains NaN or infinity; the adapter is unusable")
+    gone = [k for k in ("config", "modules", "metadata") if not isinstance(own.get(k), dict)]
+    if gone:
+        raise ValueError(
+            f"adapter {folder}: expected 'equitune.{gone[0]}' in {CONFIG_FILE}, got none; restore the file"
+        )
     plan = tuple(ModulePlan(n, m["ranks"], tuple(m["dense"])) for n, m in own["modules"].items())
     _check_keys(folder, plan, tensors)
     scaling = {n: m["scaling"] for n, m in own["modules"].items()}
@@ -280,6 +288,22 @@ def load_adapter(
     return model
 
 
+def framework_of(saved: AdapterFile) -> str | None:
+    """MACE or NequIP-framework, by what an adapter's file says or by the names of its modules."""
+    named = {"nequip": "NequIP-framework", "mace": "MACE"}.get(str(saved.metadata.get("framework")))
+    return named or _framework([p.name for p in saved.plan])
+
+
+def _framework(modules: Iterable[str]) -> str | None:
+    """By the names that upstream gives its modules."""
+    for name in modules:
+        if re.match(r"(long\.)?(interactions|products|readouts)\.\d", name):
+            return "MACE"
+        if re.search(r"(^|\.)(layer\d+_\w+|allegro|per_type_energy_scale_shift)($|\.)", name):
+            return "NequIP-framework"
+    return None
+
+
 def remember(model: nn.Module, adapter_name: str, saved: AdapterFile) -> None:
     """Keep what an adapter's files say of it with the model, for when it is saved again."""
     records = dict(getattr(model, RECORDS, {}))
@@ -298,6 +322,12 @@ def _matching_base(model: nn.Module, saved: AdapterFile, path: Path) -> nn.Modul
     expected, got = saved.metadata.get("base_fingerprint"), fingerprint(model)
     if got == expected:
         return model
+    theirs, mine = framework_of(saved), _framework(dict(model.named_modules()))
+    if theirs and mine and theirs != mine:
+        raise ValueError(
+            f"adapter {path}: expected one of a {mine} model, got one of a {theirs} model "
+            f"({saved.metadata.get('base_model')}); adapters do not cross frameworks"
+        )
     foundation = saved.metadata.get("foundation_fingerprint")
     if foundation is not None:
         from mace_lora.mace_plugin.base_model import prepare_base, select_head

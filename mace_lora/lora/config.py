@@ -73,10 +73,14 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank, least=1)
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not (number and math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha: expected a positive number, got {self.alpha!r}")
         _check_choice("preset", self.preset, PRESETS)
         _check_choice("init", self.init, INITS)
+        for name in ("rank_pattern", "module_rank_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}: expected a mapping to ranks, got {getattr(self, name)!r}")
         for irrep, rank in self.rank_pattern.items():
             if not _IRREP.fullmatch(irrep):
                 raise ValueError(f"rank_pattern: expected irreps such as '0e' or '1o', got {irrep!r}")
@@ -196,6 +200,8 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_regex(name: str, pattern: str) -> None:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{name}: expected regular expressions, got {pattern!r}")
     try:
         re.compile(pattern)
     except re.error as err:

@@ -17,6 +17,8 @@ _BUFFERS = {
     "atomic_numbers", "r_max", "atomic_energies", "scale", "shift", "scales", "shifts", "bessel_weights",
     "_rmax_recip", "norm_const",
 }  # fmt: skip
+# of NequIP's scalar MLPs
+_ACTIVATIONS = {"SiLU", "Mish", "GELU", "Tanh", "Sigmoid", "Softplus", "ShiftedSoftplus"}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -43,7 +45,20 @@ def fingerprint(model: nn.Module) -> str:
         neighbours = getattr(module, "avg_num_neighbors", None)
         if isinstance(neighbours, int | float):
             digest.update(f"{name}.avg_num_neighbors|{float(neighbours):.6g}".encode())
+    if hasattr(model, "type_names"):
+        choices = {n.replace(".base_layer", ""): _choice(m) for n, m in model.named_modules()}
+        digest.update("".join(f"{n}|{c}" for n, c in sorted(choices.items()) if c).encode())
     return digest.hexdigest()
+
+
+def _choice(module: nn.Module) -> str:
+    """What a module of a NequIP-framework model computes beyond its weights: builders of one seed may differ here."""
+    kind = type(module).__name__
+    if kind == "PolynomialCutoff":
+        return f"p={float(module.p):g}"  # type: ignore[arg-type]
+    if kind == "normalize2mom":
+        return str(getattr(module.f, "__name__", type(module.f).__name__))
+    return kind if kind in _ACTIVATIONS else ""
 
 
 def layer_fingerprint(module: nn.Module) -> str:

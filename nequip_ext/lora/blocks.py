@@ -22,8 +22,11 @@ def describe(module: torch.nn.Module, parent: torch.nn.Module | None = None) -> 
     if is_kind(module, "BesselEdgeLengthEncoding", "nequip.nn.embedding._edge"):
         trained = "bessel_weights" in module._parameters
         return ModuleSpec("Bessel basis", dense=("bessel_weights",)) if trained else None
-    if is_kind(module, "PerTypeScaleShift", "nequip.nn.atomwise") and module.has_shifts:
-        return ModuleSpec("energy references", fitted=("shifts",))
+    if is_kind(module, "PerTypeScaleShift", "nequip.nn.atomwise"):
+        # what upstream's modifier (or the builder) has made trainable is trained in full; shifts are fitted otherwise
+        free = tuple(k for k in ("scales", "shifts") if k in module._parameters)
+        fitted = ("shifts",) if module.has_shifts and "shifts" not in free else ()
+        return ModuleSpec("energy references", dense=free, fitted=fitted) if free or fitted else None
     return None
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def LoRA(
     exclude: Sequence[str] = (),
     dense: Sequence[str] | None = None,
     init: str = "scaled",
+    use_rslora: bool = False,
+    clip_rank: bool = False,
     adapter: str | None = None,
     seed: int = 0,
     model_dtype: str | None = None,
@@ -50,14 +53,17 @@ def LoRA(
             ``ModelFromCheckpoint``, ``nequip.model.modify``), or a built model.
         rank: rank of every block.
         alpha: the update is scaled by alpha/rank; default the rank.
-        preset: ``degree_parity``.
+        preset: ``degree_parity`` (``upstream`` adapts the layers that MACE's own LoRA would).
         rank_pattern: irrep to rank, e.g. ``{0e: 16, 1o: 8}``.
         module_rank_pattern: regular expression of module names to rank.
         targets: regular expressions of the modules to adapt; default all.
         exclude: regular expressions of modules to leave out.
         dense: regular expressions of parameters to train in full, e.g. ``[type_embed]``; default the
-            Bessel frequencies and Allegro's weights that are no matrices.
+            Bessel frequencies, Allegro's weights that are no matrices, and the per-type shifts and scales that
+            upstream's ``modify_PerTypeScaleShift`` made trainable.
         init: ``scaled`` or ``elora``.
+        use_rslora: scale the update by alpha/sqrt(rank) instead.
+        clip_rank: no block gets a rank beyond its smaller side.
         adapter: folder of an adapter to start from; it brings its own rank, targets, … and the shifts and
             scales of the types that its base had.
         seed: of the random factors.
@@ -69,6 +75,8 @@ def LoRA(
     Raises:
         ValueError: a setting out of range, nothing matches, or the adapter belongs to another base.
     """
+    if not isinstance(model, nn.Module | Mapping):
+        raise ValueError(f"model: expected the config of a model or a built one, got {model!r}")
     built = model if isinstance(model, nn.Module) else build_model(with_keys(model, model_dtype, compile_mode))
     inner: Any = built
     if isinstance(built, nn.ModuleDict):  # a checkpoint's models by name
@@ -80,14 +88,11 @@ def LoRA(
             "model: it has LoRA adapters already (a package made with EQUITUNE_PACKAGE=unmerged has them too); wrap "
             "the base, or give 'adapter' to continue from one"
         )
-    patterns: dict[str, Any] = {  # a string stays one, and is refused
-        k: v if v is None or isinstance(v, str) else tuple(v)
-        for k, v in (("targets", targets), ("exclude", exclude), ("dense", dense))
-    }
     config = LoraConfig(
-        rank=rank, alpha=float(rank) if alpha is None else alpha, preset=preset, init=init,
-        rank_pattern=dict(rank_pattern or {}), module_rank_pattern=dict(module_rank_pattern or {}),
-        **patterns,
+        rank=rank, alpha=rank if alpha is None else alpha, preset=preset, init=init, use_rslora=use_rslora,
+        clip_rank=clip_rank, rank_pattern=_plain(rank_pattern or {}),
+        module_rank_pattern=_plain(module_rank_pattern or {}), targets=_plain(targets), exclude=_plain(exclude or ()),
+        dense=_plain(dense),
     )  # fmt: skip
     saved = None
     if adapter is not None:
@@ -98,14 +103,13 @@ def LoRA(
         if saved.metadata.get("framework") == "nequip":
             restore_energies(inner, saved.metadata)
         config = saved.config
-    _refuse_trained_references(inner)
     metadata = base_metadata(inner) | {"base_fingerprint": fingerprint(inner), "base_model": _source(model)}
     if saved is not None:
         check_adapter(saved, metadata, Path(str(adapter)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plan = plan_lora(inner, config) if saved is None else list(saved.plan)
-        plan += _references(inner, plan)
+        plan = _with_references(inner, plan)
         apply_plan(inner, plan, config, ADAPTER)
     if saved is not None:
         load_tensors(inner, saved, ADAPTER, Path(str(adapter)))
@@ -116,10 +120,23 @@ def LoRA(
     return built
 
 
+def _plain(value: Any) -> Any:
+    """A config's lists and mappings as Python's; anything else stays, and LoraConfig refuses it."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
 def with_keys(config: Mapping[str, Any], model_dtype: str | None, compile_mode: str | None) -> dict[str, Any]:
-    """The config with these keys set in its innermost model."""
+    """The config with these keys set in its innermost model.
+
+    Raises:
+        ValueError: another precision for a model from a file, which brings its own.
+    """
     if isinstance(config.get("model"), Mapping):  # nequip.model.modify
         return dict(config) | {"model": with_keys(config["model"], model_dtype, compile_mode)}
+    if model_dtype is not None and str(config.get("_target_", "")).endswith(("FromCheckpoint", "FromPackage")):
+        raise ValueError(f"model_dtype: a model from a file brings its own; drop {model_dtype!r}, or train in another")
     given = {"model_dtype": model_dtype, "compile_mode": compile_mode}
     return dict(config) | {k: v for k, v in given.items() if v is not None}
 
@@ -152,27 +169,28 @@ def _source(model: Mapping[str, Any] | nn.Module) -> str | None:
     return str(content.get("package_path") or content.get("checkpoint_path") or content.get("_target_"))
 
 
-def _references(model: nn.Module, plan: Sequence[ModulePlan]) -> list[ModulePlan]:
-    """Plan of the per-type shifts' update, where the model has shifts and the plan does not have them."""
-    planned = {p.name for p in plan}
-    return [
-        ModulePlan(name, {}, ("shifts",))
-        for name, module in model.named_modules()
-        if type(module).__name__ == "PerTypeScaleShift" and getattr(module, "has_shifts", False)
-        and module.field == "atomic_energy" and name not in planned
-    ]  # fmt: skip
+def _with_references(model: nn.Module, plan: Sequence[ModulePlan]) -> list[ModulePlan]:
+    """The plan with the per-type shifts, which SaveAdapter refits.
 
-
-def _refuse_trained_references(model: nn.Module) -> None:
-    """Shifts and scales are the base's: shifts are refitted by SaveAdapter, and nothing would train them."""
+    Raises:
+        ValueError: upstream's modifier made shifts or scales trainable, but the settings leave them out.
+    """
+    planned = {p.name: p for p in plan}
     for name, module in model.named_modules():
-        if type(module).__name__ == "PerTypeScaleShift":
-            for kind in ("shifts", "scales"):
-                if getattr(module, f"{kind}_trainable", False) and not is_loading():
-                    raise ValueError(
-                        f"model: {name}: {kind}_trainable: a LoRA adapter does not train them (SaveAdapter refits the "
-                        f"shifts by least squares); set {kind}_trainable: false"
-                    )
+        if type(module).__name__ != "PerTypeScaleShift" or getattr(module, "field", None) != "atomic_energy":
+            continue
+        mine = planned.get(name, ModulePlan(name, {}))
+        for kind in ("shifts", "scales"):
+            if kind in module._parameters and kind not in mine.dense and not is_loading():
+                raise ValueError(
+                    f"model: {name}: {kind}_trainable is true, but targets, exclude or dense leave {kind} out of the "
+                    f"adapter; add {kind!r} to dense, or set {kind}_trainable: false by modify_PerTypeScaleShift"
+                )
+        if getattr(module, "has_shifts", False) and "shifts" not in mine.dense:
+            mine = replace(mine, dense=(*mine.dense, "shifts"))
+        if mine.dense:
+            planned[name] = mine
+    return list(planned.values())
 
 
 def _merge_when_packaged(model: nn.Module) -> None:

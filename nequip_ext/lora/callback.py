@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nequip.data import AtomicDataDict
 
+from mace_lora.atomic import content_digest
 from mace_lora.lora.adapter import save_adapter
 from mace_lora.lora.config import LoraConfig
 from mace_lora.lora.fingerprint import fingerprint
@@ -38,14 +40,23 @@ class SaveAdapter(lightning.Callback):
         path: folder of the adapter; one of another run is not overwritten.
         refit_shifts: refit the energy shifts of the types.
         max_frames: training frames used for checks and refit.
+        level_of_theory: of the labels, for the adapter's card, e.g. ``PBE0/def2-SVP``.
     """
 
-    def __init__(self, path: str, refit_shifts: bool = True, max_frames: int = 200) -> None:
+    def __init__(
+        self, path: str, refit_shifts: bool = True, max_frames: int = 200, level_of_theory: str | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         if max_frames < 1:
             raise ValueError(f"max_frames: expected at least 1, got {max_frames}")
         self.path, self.refit_shifts, self.max_frames = Path(path), refit_shifts, max_frames
+        self.level_of_theory, self.provenance = level_of_theory, dict[str, Any]()
         self.best: float | None = None
+
+    @property
+    def state_key(self) -> str:
+        """One state for each adapter of a run."""
+        return f"SaveAdapter{{path={self.path}}}"
 
     def state_dict(self) -> dict[str, Any]:
         """Best score so far, for restarts."""
@@ -69,12 +80,13 @@ class SaveAdapter(lightning.Callback):
                 f"SaveAdapter: path: {self.path} holds the adapter of another run; choose another folder, remove "
                 "it, or continue that run with 'ckpt_path'"
             )
-        _check_optimizers(trainer)
+        _check_optimizers(trainer, pl_module)
         check_data(trainer, model)
+        self.provenance = {
+            "command": " ".join(sys.argv), "data": _files(trainer.datamodule), "level_of_theory": self.level_of_theory
+        }  # fmt: skip
         _check_base(model)
-        fresh = trainer.ckpt_path is None and all(
-            bool((b == 0).all()) for la in adapter_layers(model).values() for b in la.lora_B[ADAPTER].values()
-        )
+        fresh = trainer.ckpt_path is None and is_fresh(model)
         batch = next(training_batches(trainer, self.max_frames), None)
         if batch is None:
             raise ValueError("SaveAdapter: the training data is empty")
@@ -91,6 +103,7 @@ class SaveAdapter(lightning.Callback):
                 raise ValueError(f"nequip_ext.LoRA: the adapted model differs from its base before training: {largest}")
         residual, table = residuals_of(batch, out, len(model.type_names))
         if not len(residual):
+            _LOG.info("no energies in %d training frames: the shifts of the types stay those of the base", len(table))
             return
         mean = float((residual / table.sum(1)).mean())
         _LOG.info("energy reference check: mean (label - model) %.4f per atom on %d frames", mean, len(residual))
@@ -113,15 +126,21 @@ class SaveAdapter(lightning.Callback):
             return
         self.best = score
         model = adapted_model(pl_module)
+        if trainer.global_step and is_fresh(model):
+            raise ValueError(
+                f"SaveAdapter: nothing of the adapter has moved in {trainer.global_step} steps; expected a learning "
+                "rate above 0, and an optimizer and a training module that train what has gradients alone"
+            )
         if self.refit_shifts:
             self._refit(trainer, pl_module, model)
         if trainer.is_global_zero:
             _check_base(model)
-            run = {"epoch": trainer.current_epoch, str(checkpoint.monitor).replace("/", " "): score}
-            config = LoraConfig.from_dict(model.equitune_config)
+            measured = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+            run = {"epoch": trainer.current_epoch} | {k.replace("/", " "): v for k, v in measured.items()}
             save_adapter(
-                model, self.path, adapter_name=ADAPTER, config=config, metadata=model.equitune_metadata, run=run
-            )
+                model, self.path, adapter_name=ADAPTER, config=LoraConfig.from_dict(model.equitune_config),
+                metadata=model.equitune_metadata | self.provenance, run=run,
+            )  # fmt: skip
             _LOG.info("best epoch %d: adapter written to %s", trainer.current_epoch, self.path)
 
     @torch.no_grad()
@@ -131,10 +150,37 @@ class SaveAdapter(lightning.Callback):
             return
         refit(trainer, pl_module, model, layer.lora_dense[ADAPTER]["shifts"], self.max_frames)
 
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say so when there is no adapter, as after its folder was removed from a run that is continued."""
+        if trainer.is_global_zero and not (self.path / "adapter_config.json").is_file():
+            _LOG.warning(
+                "no adapter in %s: no epoch of this run was better than the best before (%s); take it from best.ckpt "
+                "(README, NequIP), or train longer", self.path, self.best,
+            )  # fmt: skip
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Say where the last adapter is."""
         if (self.path / "adapter_config.json").is_file():
             _LOG.info("the adapter of the best epoch so far is in %s", self.path)
+
+
+def is_fresh(model: Any) -> bool:
+    """Whether the adapter is as it was initialised: all B are zero."""
+    return all(bool((b == 0).all()) for la in adapter_layers(model).values() for b in la.lora_B[ADAPTER].values())
+
+
+def _files(datamodule: Any) -> dict[str, str]:
+    """Hash of every file of training and validation data."""
+    waiting, found = [datamodule.train_dataset, *datamodule.val_dataset], {}
+    while waiting:
+        dataset = waiting.pop()
+        if isinstance(dataset, list):
+            waiting += dataset
+        elif hasattr(dataset, "dataset"):  # a part of another
+            waiting.append(dataset.dataset)
+        elif Path(str(getattr(dataset, "file_path", ""))).is_file():
+            found[Path(dataset.file_path).name] = content_digest(dataset.file_path)
+    return found
 
 
 def adapted_model(pl_module: Any) -> Any:
@@ -158,12 +204,18 @@ def _check_base(model: Any) -> None:
     if got != expected:
         raise ValueError(
             f"SaveAdapter: the base changed since the model was built (fingerprint {expected}, now {got}): a continued "
-            "run whose base file is another by now, or a callback that writes to frozen weights; start from that base"
+            "run whose base file is another by now, a modifier outside nequip_ext.LoRA (move it inside, around the "
+            "base), or a callback that writes to frozen weights; start from that base"
         )
 
 
-def _check_optimizers(trainer: lightning.Trainer) -> None:
-    """Muon's optimiser updates parameters without gradients: the frozen base must not be among them."""
+def _check_optimizers(trainer: lightning.Trainer, pl_module: Any) -> None:
+    """What updates parameters without gradients must not get the frozen base: Muon's optimiser, ConFIG's solver."""
+    if hasattr(pl_module, "ConFIG_model_param_names"):
+        raise ValueError(
+            f"training_module: {type(pl_module).__name__} solves for all weights at once, the frozen ones too, and "
+            "would train nothing of an adapter; take nequip.train.EMALightningModule or NequIPLightningModule"
+        )
     for optimizer in trainer.optimizers:
         muon = any("use_muon" in group for group in optimizer.param_groups)
         if muon and not all(p.requires_grad for group in optimizer.param_groups for p in group["params"]):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mace_lora.lora.adapter import AdapterFile
+from mace_lora.lora.adapter import AdapterFile, framework_of
 
 __all__ = ["base_metadata", "check_adapter", "holds_adapter", "restore_energies"]
 
@@ -32,6 +32,7 @@ def base_metadata(model: nn.Module) -> dict[str, Any]:
         "model_dtype": metadata["model_dtype"],
         **_energies(model),
         "units": "those of the training data (eV and Å in our recipes)",
+        "e3nn_convention": _version("e3nn"),
         "versions": {p: _version(p) for p in ("nequip", "nequip-allegro", "e3nn", "torch", "equitune")},
     }
 
@@ -82,10 +83,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _kind(metadata: Mapping[str, Any]) -> str:
-    return "a MACE model" if "atomic_numbers" in metadata or "elements" in metadata else "another kind of model"
-
-
 def check_adapter(saved: AdapterFile, base: dict[str, Any], path: Path) -> None:
     """Refuse an adapter of another base.
 
@@ -99,9 +96,11 @@ def check_adapter(saved: AdapterFile, base: dict[str, Any], path: Path) -> None:
     """
     theirs = saved.metadata
     if theirs.get("framework") != "nequip":
+        kind, name = framework_of(saved), theirs.get("base_model")
         raise ValueError(
-            f"adapter {path}: expected one of a NequIP-framework model, got one of {_kind(theirs)} "
-            f"({theirs.get('base_model')}); adapters do not cross frameworks"
+            f"adapter {path}: expected one of a NequIP-framework model, got one of "
+            f"{f'a {kind} model' if kind == 'MACE' else 'another kind of model'}{f' ({name})' if name else ''}; "
+            "adapters do not cross frameworks"
         )
     for key, what in (("type_names", "the same types in the same order"), ("r_max", "the same cutoff (Å)")):
         if theirs.get(key) != base[key]:

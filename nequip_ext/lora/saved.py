@@ -98,6 +98,11 @@ def merge_package(base: Path, adapter: Path, output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = base
         if base.suffix == ".ckpt":
+            if holds_adapter(load_nequip(base)):
+                raise ValueError(
+                    f"{base}: expected the base of the adapter, got a run with LoRA; nequip-package build merges its "
+                    "adapter, or give the file that the run started from"
+                )
             source = Path(folder) / f"base{_PACKAGE}"
             _package(base, source)
         with no_package_warnings(), atomic_path(output) as temporary:

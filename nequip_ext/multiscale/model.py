@@ -27,6 +27,7 @@ from nequip.nn.embedding import (
     SphericalHarmonicEdgeAttrs,
 )
 
+from nequip_ext.checks import is_number, require_sizes
 from nequip_ext.upstream.build import append_energy_modules
 
 from .modules import LONG_ENERGY, LONG_FEATURES, AddLongEnergy, AllEdges, JoinFeatures, ShortEdges
@@ -140,24 +141,18 @@ def _check(
     r_max: float, r_short: float, coupling: str, neighbors: dict[str, Any], at_least_0: dict[str, Any],
     at_least_1: dict[str, Any],
 ) -> None:  # fmt: skip
-    if not (_is_number(r_max) and r_max > 0):
+    if not (is_number(r_max) and r_max > 0):
         raise ValueError(f"r_max: expected a finite length > 0 in Å, got {r_max!r}")
-    if not (_is_number(r_short) and 0 < r_short < r_max):
+    if not (is_number(r_short) and 0 < r_short < r_max):
         raise ValueError(f"r_short: expected a length between 0 and r_max ({r_max} Å), got {r_short}")
     if coupling not in _COUPLINGS:
         raise ValueError(f"multiscale_coupling: expected one of {', '.join(_COUPLINGS)}, got {coupling!r}")
-    for least, what, sizes in ((0, "whole number of at least 0", at_least_0), (1, "positive whole number", at_least_1)):
-        for name, value in sizes.items():
-            if not (_is_number(value) and int(value) == value and value >= least):
-                raise ValueError(f"{name}: expected a {what}, got {value!r}")
+    require_sizes(at_least_0, least=0)
+    require_sizes(at_least_1)
     for name, given in neighbors.items():
         for value in given.values() if isinstance(given, Mapping) else (given,):  # one value, or one of each type
-            if not (_is_number(value) and value > 0):
+            if not (is_number(value) and value > 0):
                 raise ValueError(f"{name}: expected a finite number > 0, got {given!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _hidden(layers: int, degree: int, parity: bool, features: int) -> list[Irreps]:

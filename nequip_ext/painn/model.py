@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nequip.data import AtomicDataDict
@@ -15,6 +15,7 @@ from nequip.nn.embedding import (
     SphericalHarmonicEdgeAttrs,
 )
 
+from nequip_ext.checks import is_number, require_sizes
 from nequip_ext.upstream.build import append_energy_modules
 
 from .layers import PaiNNLayer, PaiNNReadout, PaiNNTypeEmbed
@@ -65,13 +66,13 @@ def PaiNN(
     Also taken by every NequIP builder: ``seed``, ``model_dtype``, ``compile_mode``.
 
     Raises:
-        ValueError: sizes that are not positive.
+        ValueError: sizes, cutoff or neighbours that are not positive, or energies of other types.
     """
-    for name, value in {"num_layers": num_layers, "num_features": num_features, "num_bessels": num_bessels}.items():
-        if int(value) != value or value < 1:
-            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    if isinstance(avg_num_neighbors, dict) or avg_num_neighbors is None or avg_num_neighbors <= 0:
-        raise ValueError(f"avg_num_neighbors: expected one positive number for PaiNN, got {avg_num_neighbors!r}")
+    _check(
+        list(type_names), {"num_layers": num_layers, "num_features": num_features, "num_bessels": num_bessels},
+        {"r_max": r_max, "avg_num_neighbors": avg_num_neighbors},
+        {"per_type_energy_scales": per_type_energy_scales, "per_type_energy_shifts": per_type_energy_shifts},
+    )  # fmt: skip
     embed = PaiNNTypeEmbed(type_names=list(type_names), num_features=num_features)
     direction = SphericalHarmonicEdgeAttrs(
         irreps_edge_sh="1x1o", edge_sh_normalization="norm", irreps_in=embed.irreps_out
@@ -101,3 +102,13 @@ def PaiNN(
         model=SequentialGraphNetwork(modules), type_names=list(type_names), pair_potential=pair_potential
     )
     return ForceStressOutput(network, do_derivatives)
+
+
+def _check(types: list[str], sizes: dict[str, Any], lengths: dict[str, Any], energies: dict[str, Any]) -> None:
+    require_sizes(sizes)
+    for name, value in lengths.items():
+        if not (is_number(value) and value > 0):
+            raise ValueError(f"{name}: expected one positive number for PaiNN, got {value!r}")
+    for name, value in energies.items():
+        if not (value is None or is_number(value) or (isinstance(value, Mapping) and {*value} == {*types})):
+            raise ValueError(f"{name}: expected one number or one for each of {types}, got {value!r}")

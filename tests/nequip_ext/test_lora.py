@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from e3nn import o3
 from nequip_models import MODELS, build, energy_forces, lora, molecule, randomise
 
 import nequip_ext
-from mace_lora import LoraConfig, apply_lora, coverage, disabled_adapters, fingerprint, merge_lora, save_adapter
+from mace_lora import (
+    LoraConfig,
+    apply_lora,
+    coverage,
+    disabled_adapters,
+    fingerprint,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
 from mace_lora.lora.blocks import block_matrices, describe
 from mace_lora.lora.inject import adapter_layers
 
@@ -90,19 +100,29 @@ def test_adapter_file_on_the_same_base_and_on_another(name, tmp_path):
 
 
 def test_adapter_of_a_mace_base_is_refused(tmp_path):
-    model = apply_lora(build("painn"), LoraConfig(rank=2))
-    save_adapter(model, tmp_path, metadata={"base_model": "MACE-OFF23_small.model"})
-    with pytest.raises(ValueError, match=r"one of another kind of model \(MACE-OFF23_small.model\); adapters do not"):
+    """A real one of rank 1 for the small MACE of the tests, as save_adapter writes it without more."""
+    mace = Path(__file__).parent / "mace_adapter"
+    with pytest.raises(ValueError, match=r"NequIP-framework model, got one of a MACE model; adapters do not cross"):
+        lora("painn", adapter=str(mace))
+    with pytest.raises(
+        ValueError, match=r"one of a NequIP-framework model, got one of a MACE model \(None\); adapters"
+    ):
+        load_adapter(build("nequip"), mace)
+    save_adapter(apply_lora(build("painn"), LoraConfig(rank=2)), tmp_path)
+    with pytest.raises(ValueError, match=r"NequIP-framework model, got one of another kind of model; adapters do not"):
         lora("painn", adapter=str(tmp_path))
-    save_adapter(model, tmp_path, metadata={"base_model": "MACE-OFF23_small.model", "elements": [1, 6]})
-    with pytest.raises(ValueError, match=r"NequIP-framework model, got one of a MACE model"):
-        lora("painn", adapter=str(tmp_path))
+    load_adapter(build("painn"), tmp_path)  # without provenance, but of this base
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
+        ({"rank": "a"}, "rank: expected an integer >= 1, got 'a'"),
+        ({"rank": None}, "rank: expected an integer >= 1, got None"),
+        ({"alpha": True}, "alpha: expected a positive number, got True"),
+        ({"targets": [1]}, "targets: expected regular expressions, got 1"),
+        ({"rank_pattern": "0e:8"}, "rank_pattern: expected a mapping to ranks, got '0e:8'"),
         ({"targets": ["no_such_layer"]}, r"targets: no layer matches 'no_such_layer'; adaptable layers are"),
         ({"rank_pattern": {"7e": 2}}, "rank_pattern: the model has no weights of irrep 7e"),
         ({"dense": ["nothing"]}, "dense: no parameter matches 'nothing'"),
@@ -114,7 +134,56 @@ def test_settings_that_do_not_fit(settings, message):
         lora("nequip", **settings)
 
 
+def test_references_that_upstreams_modifier_made_trainable(tmp_path):
+    """They are trained in full, go into the adapter and onto a base where they are fixed."""
+    changes = {"per_type_energy_shifts_trainable": True, "per_type_energy_scales_trainable": True,
+               "per_type_energy_scales": {"H": 1.0, "C": 2.0, "O": 3.0}}  # fmt: skip
+    model = lora("nequip", changes, rank=2)
+    layer = next(la for n, la in adapter_layers(model).items() if n.endswith("scale_shift"))
+    updates = layer.lora_dense["default"]
+    assert all(updates[k].requires_grad and updates[k].shape == (3, 1) for k in ("scales", "shifts"))
+    energy_forces(model, molecule())  # the forces' graph is its own
+    model(molecule())["total_energy"].sum().backward()
+    assert updates["shifts"].grad.abs().max() > 0 and updates["scales"].grad.abs().max() > 0
+    randomise(model)
+    save_adapter(model, tmp_path, config=LoraConfig.from_dict(model.equitune_config), metadata=model.equitune_metadata,
+                 dtype=torch.float64)  # fmt: skip
+    fixed = changes | {"per_type_energy_shifts_trainable": False, "per_type_energy_scales_trainable": False}
+    again = lora("nequip", fixed, adapter=str(tmp_path))
+    for a, b in zip(energy_forces(again, molecule()), energy_forces(model, molecule()), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    with pytest.raises(ValueError, match=r"shifts_trainable is true, but targets, exclude or dense leave shifts out"):
+        lora("nequip", {"per_type_energy_shifts_trainable": True}, dense=["type_embed"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("nequip", {"polynomial_cutoff_p": 4}), ("painn", {"polynomial_cutoff_p": 4}),
+        ("nequip", {"convnet_nonlinearity_scalars": {"e": "tanh", "o": "tanh"}}),
+        ("allegro", {"allegro_mlp_nonlinearity": "mish"}), ("nequip", {"avg_num_neighbors": 9.0}),
+    ],
+)  # fmt: skip
+def test_bases_of_equal_weights_that_compute_something_else(name, change):
+    assert fingerprint(build(name)) == fingerprint(build(name)) != fingerprint(build(name, **change))
+
+
+def test_more_settings():
+    ranks = {r for la in adapter_layers(lora("nequip", rank=99, clip_rank=True)).values()
+             for r in la.r["default"].values()}  # fmt: skip
+    assert max(ranks) <= 8
+    layer = next(la for la in adapter_layers(lora("nequip", rank=4, use_rslora=True)).values() if la.r["default"])
+    assert {*layer.scaling["default"].values()} == {2.0}
+    lora("nequip", exclude=None)
+
+
 def test_models_that_cannot_be_built():
+    for wrong in ("nequip.model.NequIPGNNModel", None, [1]):
+        with pytest.raises(ValueError, match="model: expected the config of a model or a built one, got"):
+            nequip_ext.LoRA(model=wrong)
+    with pytest.raises(ValueError, match="model_dtype: a model from a file brings its own; drop 'float64'"):
+        nequip_ext.LoRA(model={"_target_": "nequip.model.ModelFromCheckpoint", "checkpoint_path": "x.ckpt"},
+                        model_dtype="float64")  # fmt: skip
     with pytest.raises(ValueError, match="model: expected a config with a '_target_'"):
         nequip_ext.LoRA(model={"r_max": 4.0})
     with pytest.raises(ValueError, match=r"model: cannot import _target_ 'nequip.model.Nothing'"):

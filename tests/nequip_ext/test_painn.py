@@ -114,6 +114,11 @@ def test_vector_features_rotate_and_flip():
     [
         ({"num_layers": 0}, "num_layers: expected a positive whole number, got 0"),
         ({"avg_num_neighbors": {"H": 1.0}}, "avg_num_neighbors: expected one positive number for PaiNN"),
+        ({"avg_num_neighbors": float("nan")}, "avg_num_neighbors: expected one positive number for PaiNN, got nan"),
+        ({"r_max": -1}, "r_max: expected one positive number for PaiNN, got -1"),
+        ({"num_features": True}, "num_features: expected a positive whole number, got True"),
+        ({"num_bessels": "a"}, "num_bessels: expected a positive whole number, got 'a'"),
+        ({"per_type_energy_scales": {"H": 1.0}}, "per_type_energy_scales: expected one number or one for each of"),
     ],
 )
 def test_bad_sizes(changes, message):
