@@ -3,7 +3,7 @@
 The published experiment (Cu, 300 K) in kind, and mlearn's Cu and Si: 10 training and 10 validation frames,
 up to 60 test frames, SevenNet's own Trainer, loss (the checkpoint's) and Adam; nothing of sevenn is changed,
 the adapter is put on its model by mace_lora.apply_lora. Both methods start from the same aligned energy shift and get a
-learning-rate sweep on the first seed, chosen on the validation frames; energies are given with the constant
+learning-rate sweep on the first seed, chosen by the validation forces and widened past its upper edge; energies are given with the constant
 offset of the training frames removed, for both.
 
 Command:  python benchmarks/sevennet_lora.py run --data DIR
@@ -140,8 +140,8 @@ def one_run(name: str, method: str, lr: float, seed: int, epochs: int, data: Pat
 
 
 def score(row: dict[str, Any]) -> float:
-    """Geometric mean of the validation energy and force MAE."""
-    return float(np.sqrt(row["valid"]["mae_e"] * row["valid"]["mae_f"]))
+    """Validation force MAE: energies are at 0.1 meV/atom with every rate, and 10 frames do not tell them apart."""
+    return float(row["valid"]["mae_f"])
 
 
 @app.command()
@@ -159,7 +159,7 @@ def run(
     for name in sets.split(","):
         rows = {m: [one_run(name, m, lr, first, epochs, data, results) for lr in lrs] for m, lrs in LRS.items()}
         for method, done in rows.items():  # a best rate at the upper edge: the sweep goes on
-            while (best := min(done, key=score)) is max(done, key=lambda r: r["lr"]) and len(done) < 5:
+            while (best := min(done, key=score)) is max(done, key=lambda r: r["lr"]) and len(done) < 6:
                 done.append(one_run(name, method, 2 * best["lr"], first, epochs, data, results))
         for seed in rest:
             for method, done in rows.items():

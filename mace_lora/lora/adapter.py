@@ -122,7 +122,7 @@ def save_adapter(
         path: folder; created when missing.
         adapter_name: which adapter; default the only one.
         config: its settings, for the record; default those it was loaded with, else of equal rank and alpha.
-        metadata: provenance to store; default what it was loaded with. The base fingerprint is added when missing.
+        metadata: provenance to store; default what it was loaded or built with. The base fingerprint is added when missing.
         run: state of training to store in the weights file, e.g. epoch and validation loss.
         dtype: storage type of the factors; float32 keeps files small.
 
@@ -140,7 +140,10 @@ def save_adapter(
     bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if bad:
         raise ValueError(f"adapter {name!r} contains NaN or infinity in {bad[0]}; it was not saved to {folder}")
-    record = getattr(model, RECORDS, {}).get(name) or {"config": None, "metadata": {}}
+    record = getattr(model, RECORDS, {}).get(name) or {
+        "config": getattr(model, "equitune_config", None),
+        "metadata": getattr(model, "equitune_metadata", {}),
+    }  # the latter as nequip_ext.LoRA leaves them
     metadata = dict(record["metadata"] if metadata is None else metadata)
     metadata.setdefault("base_fingerprint", fingerprint(model))
     config = config or (LoraConfig.from_dict(record["config"]) if record["config"] else _recorded_config(model, name))

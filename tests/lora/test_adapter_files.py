@@ -182,6 +182,11 @@ def test_wrong_base_names_both_fingerprints(base, folder):
     other = build_mace()
     with pytest.raises(ValueError, match=f"expected fingerprint {fingerprint(base)}.*got {fingerprint(other)}"):
         load_adapter(other, folder)
+    content = json.loads((folder / "adapter_config.json").read_text())
+    content["equitune"]["metadata"] |= {"framework": "nequip", "base_fingerprint": "0", "base_model": "x.nequip.zip"}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"of a MACE model, got one of a NequIP-framework model \(x.nequip.zip\)"):
+        load_adapter(base, folder)
     smaller = build_mace(hidden="2x0e+2x1o")
     with pytest.raises(ValueError, match=r"expected shape .* from the model, got .*; wrong base model"):
         load_adapter(smaller, folder, check_base=False)

@@ -165,6 +165,19 @@ def test_card(work):
     assert re.search(r"\| val0 epoch forces mae \| [\d.]+", card.replace("_", " "))
 
 
+def test_adapter_from_a_checkpoint(work, tmp_path):
+    """For runs without the callback."""
+    from mace_lora import save_adapter
+    from mace_lora.lora.adapter import read_adapter
+    from nequip_ext.lora.saved import load_nequip
+
+    save_adapter(load_nequip(work / "lora" / "best.ckpt"), tmp_path)
+    old, new = read_adapter(work / "lora" / "adapter"), read_adapter(tmp_path)
+    assert (new.config, new.plan) == (old.config, old.plan)
+    assert new.metadata["base_fingerprint"] == old.metadata["base_fingerprint"]
+    assert all((new.tensors[k] - v).abs().max() < 1e-5 for k, v in old.tensors.items())
+
+
 def test_adapter_of_another_run_stays(work):
     before = (work / "lora" / "adapter" / "adapter_model.safetensors").read_bytes()
     log = train("nequip_lora", f"folder={work}/lora", f"base={work}/base/best.ckpt", "epochs=1", check=False)

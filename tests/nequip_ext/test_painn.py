@@ -93,6 +93,20 @@ def test_a_layer_is_the_published_equations():
     torch.testing.assert_close(out[:, f:].view(n, f, 3), v_ref, atol=1e-10, rtol=1e-10)
 
 
+def test_radial_functions_are_the_published_sines_times_the_cutoff():
+    """Equation 5, up to one constant, times 1 - 28 x^6 + 48 x^7 - 21 x^8 (the polynomial cutoff with p = 6)."""
+    model, seen = build("painn"), []
+    bessel = next(m for m in model.modules() if type(m).__name__ == "BesselEdgeLengthEncoding")
+    handle = bessel.register_forward_hook(lambda _, __, out: seen.append(out))
+    energy_forces(model, molecule())
+    handle.remove()
+    lengths, found = seen[0]["edge_lengths"].view(-1, 1), seen[0]["edge_embedding"]
+    x = lengths / MODEL["r_max"]
+    expected = torch.sin(torch.arange(1, 7) * torch.pi * x) / lengths * (1 - 28 * x**6 + 48 * x**7 - 21 * x**8)
+    constant = (found * expected).sum() / expected.square().sum()
+    torch.testing.assert_close(found, constant * expected, atol=1e-6, rtol=0)
+
+
 def test_vector_features_rotate_and_flip():
     model = build("painn")
     readout = next(m for m in model.modules() if type(m).__name__ == "PaiNNReadout")
