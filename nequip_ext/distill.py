@@ -58,12 +58,50 @@ def check_config(path: Path, overrides: Mapping[str, Any]) -> None:
             if not isinstance(part, Mapping) or name not in part:
                 raise ValueError(f"{path}: student.flags: it has no key {key}")
             part = part[name]
+    _check_outputs(content, path)
     model = (content.get("training_module") or {}).get("model") or {}
     if model.get("_target_") != "nequip_ext.Autotuned" or model.get("checkpoint") != "${autotune.checkpoint}":
         raise ValueError(
             f"{path}: training_module.model: expected _target_: nequip_ext.Autotuned with checkpoint: "
             "${autotune.checkpoint}, or the pre-trained weights would not be used"
         )
+
+
+def _check_outputs(content: Mapping[str, Any], path: Path) -> None:
+    """What is read of a training, and what it is given, must be as in our configs.
+
+    Raises:
+        ValueError: the key and what it should be.
+    """
+    trainer, data = content.get("trainer") or {}, content.get("data") or {}
+    training = content.get("training_module") or {}
+    saving = [c for c in trainer.get("callbacks") or [] if str(c.get("_target_", "")).endswith("ModelCheckpoint")]
+    metrics = training.get("val_metrics")
+    metrics = content.get(metrics[2:-1]) if isinstance(metrics, str) and metrics.startswith("${") else metrics
+    wanted = {_ENERGY.rpartition("/")[2], _FORCES.rpartition("/")[2]}
+    mapping = data.get("key_mapping") or {}
+    for good, key, expected in (
+        (str(data.get("_target_", "")).endswith("ASEDataModule"), "data", "nequip.data.datamodule.ASEDataModule"),
+        (
+            mapping.get("REF_energy") == "total_energy" and mapping.get("REF_forces") == "forces",
+            "data.key_mapping", "REF_energy: total_energy and REF_forces: forces, the keys of the frames",
+        ),
+        (
+            any(c.get("filename") == "best" and c.get("save_last") and c.get("dirpath") == "${folder}" for c in saving),
+            "trainer.callbacks", "a ModelCheckpoint with dirpath: ${folder}, filename: best and save_last: true",
+        ),
+        (
+            str((trainer.get("logger") or {}).get("_target_", "")).endswith("CSVLogger")
+            and trainer["logger"].get("save_dir") == "${folder}",
+            "trainer.logger", "lightning.pytorch.loggers.CSVLogger with save_dir: ${folder}",
+        ),
+        (
+            isinstance(metrics, Mapping) and wanted <= {*(metrics.get("coeffs") or {})},
+            "training_module.val_metrics", f"coeffs with {' and '.join(sorted(wanted))}",
+        ),
+    ):  # fmt: skip
+        if not good:
+            raise ValueError(f"{path}: {key}: expected {expected}, as in recipes/configs/nequip_data.yaml")
 
 
 class NequipStudent:
@@ -85,7 +123,6 @@ class NequipStudent:
     def settings(self, training: Any, lr: float, start: Path | None) -> dict[str, Any]:
         text = OmegaConf.to_yaml(compose(self.config))  # with the files that it names
         out = {
-            "config": str(self.config),
             "composed": hashlib.sha256(text.encode()).hexdigest(),
             "seed": self.seed,
             **self.overrides,
@@ -104,16 +141,17 @@ class NequipStudent:
         Raises:
             ValueError: the training fails (where its messages are), or another run trains there now.
         """
-        content = compose(Path(settings["config"]))
-        keys = {k: v for k, v in settings.items() if k not in ("config", "composed", "start")}
+        content = compose(self.config)
+        keys = {k: v for k, v in settings.items() if k not in ("composed", "start")}
         keys |= {"folder": str(place), "run": ["train"], "autotune.checkpoint": None}
         keys |= {"trainer.accelerator": self.accelerator}
         keys |= {"data.train_file_path": str(data[0]), "data.val_file_path": str(data[1])}
         if "start" in settings:
             keys["autotune.checkpoint"] = settings["start"]
             keys |= normalisation(Path(settings["start"]))
-            # the labels are of about one level: scales of the fewer, calmer quantum frames would damp what was learnt
-            keys["training_module.model.keep"] = ["shifts"]
+            # scales of the fewer, calmer quantum frames would damp what was learnt; where the two levels' forces
+            # are of different size, flags of the fine-tuning keep the scales too
+            keys.setdefault("training_module.model.keep", ["shifts"])
         command = [str(Path(sys.executable).parent / "nequip-train"), "-cd", str(place), "-cn", _NAME]
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with only_writer(place) as lock, (place / "output.log").open("a") as log:

@@ -50,12 +50,12 @@ SCALES = {
         "cells": 20,
         "frames": 200,
         "test": 49,
-        "counts": [25, 50, 100, 200],
+        "counts": [25, 50, 100, 250],
         "pretrain": 50,
         "steps": 10000,
     },
 }
-DENSITIES = (1.5, 2.0, 2.5, 3.0, 3.5)  # g/cm³
+DENSITIES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # g/cm³
 CONFIGS = Path(__file__).parent / "configs"
 # test RMSE of the paper at N = 25, 100, 400: meV/atom, eV/Å
 PAPER = {
@@ -105,7 +105,7 @@ def frames(
     workers: Annotated[int, typer.Option(help="processes")] = max(1, len(os.sched_getaffinity(0))),
     folder: Folder = Path("carbon"),
 ) -> None:
-    """Melt and quench 64-atom cells at five densities, 8000 to 300 K."""
+    """Melt and quench 64-atom cells at seven densities, 8000 to 300 K."""
     if scale not in SCALES:
         raise typer.BadParameter(f"expected one of {', '.join(SCALES)}, got {scale!r}", param_hint="--scale")
     settings_of(folder, {"scale": scale, "dynamics": with_})
@@ -151,7 +151,10 @@ def structures(path: Path) -> list[ase.Atoms]:
 
 @dataclass(frozen=True)
 class Variant:
-    """Which synthetic labels are learnt: so many of the frames (None: all), for so many epochs (None: the scale's)."""
+    """Which synthetic labels are learnt: so many of the frames (None: all), for so many epochs.
+
+    None: as many steps as all frames take in the scale's epochs, so that variants differ in their data alone.
+    """
 
     source: str
     frames: int | None = None
@@ -204,12 +207,15 @@ def config(
         target = "student" if name == "nequip_autotune" else name
         write_text(place / f"{target}.yaml", (CONFIGS / f"{name}.yaml").read_text())
     epochs, inner = max(1, sizes["steps"] * 10 // int((~role).sum())), "training_module.model.model"
-    first = variant.epochs or sizes["pretrain"]
+    labelled = variant.labelled(folder, place, chosen[~role])
+    # every variant takes as many steps as the whole set does in the scale's epochs
+    whole, part = (len(ase.io.read(p, ":")) for p in (folder / f"{named(variant.source)}.xyz", labelled))
+    first = variant.epochs or max(1, round(sizes["pretrain"] * whole / part))
     gamma = "training_module.lr_scheduler.scheduler.gamma"
     content = {
         "folder": ".", "train": f"train_{count}.xyz", "valid": f"valid_{count}.xyz", "test": "test.xyz", "seed": seed,
         "report": f"n{count}-{variant.name}",
-        "teacher": {"labelled": str(variant.labelled(folder, place, chosen))},
+        "teacher": {"labelled": str(labelled)},
         "filter": {"force": 80},
         "student": {
             "nequip": "student.yaml",
@@ -270,7 +276,7 @@ def table(folder: Folder = Path("carbon")) -> None:
         f"NequIP, r_max 4 Å, 4 layers, 32 features, l_max 1; dynamics: {settings['dynamics']}; scale "
         f"`{settings['scale']}`, "
         f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores, CPU. Test RMSE, median over seeds: energy "
-        "(meV/atom, constant offset removed: MAE in brackets) / forces (eV/Å). Commands: `python "
+        "(meV/atom; in brackets the MAE without constant offsets) / forces (eV/Å). Commands: `python "
         f"recipes/synthetic_pretraining_carbon.py frames --scale {settings['scale']}`, `… label --source SOURCE`, `… "
         "run --data FILE --source SOURCE`.", "",
         "| N | labels | seeds | direct | synthetic only | pre-trained | change E | change F |", "|" + "---|" * 8,

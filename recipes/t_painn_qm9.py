@@ -3,13 +3,14 @@
 Purpose:  the QM9 experiment of T-PaiNN (arXiv 2603.24752) in kind, for MACE, NequIP and PaiNN: a model pre-trained on
           MMFF94 (or UFF) labels of sampled conformations is fine-tuned on N quantum labels (GFN2-xTB here; any file of
           quantum frames by --quantum); against the same model from scratch. Both at the best of three learning rates on
-          validation frames (a fifth of N, at least 5, counted as labels), equal steps on the quantum labels. Control
-          --same: pre-trained on classical labels of the N quantum configurations alone.
+          validation frames (a fifth of N, at least 5, counted as labels), equal steps on the quantum labels. The mean
+          classical energy of each composition is taken off. Controls: --same, pre-trained on classical labels of the N
+          quantum configurations alone; --long, scratch with as many steps as both stages.
 Command:  python recipes/t_painn_qm9.py prepare --molecules QM9.xyz --scale laptop   # [chem]
           python recipes/t_painn_qm9.py run --model mace         # or nequip, painn, in their environment
           python recipes/t_painn_qm9.py table
 Data:     geometries of molecules in any format of ASE, e.g. QM9's (doi 10.6084/m9.figshare.c.978904); H C N O.
-Cost:     laptop on one CPU thread: prepare 25 minutes, run 3 hours a seed; smoke: 6 minutes in all.
+Cost:     laptop on one CPU thread: prepare 25 minutes, run of MACE 6 hours a seed; smoke: 6 minutes in all.
 Writes:   t-painn-qm9/: classical.xyz, quantum.xyz, one folder per model and seed, report.md, curves.png. Stopped, every
           command goes on; settings.json keeps a folder to one scale and one pair of methods.
 """
@@ -21,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -35,24 +37,27 @@ from mace_lora.atomic import atomic_path, write_text
 from mace_lora.augment import Schedule, keep_sound, label, open_labeler, rattle, sample_md
 from mace_lora.augment.perturb import bare
 from mace_lora.autotune.advice import with_labels
+from mace_lora.autotune.levels import read_source
+from mace_lora.autotune.offsets import by_composition, write_without
 from mace_lora.data import require_sound
-from mace_lora.lora.energies import solve_offsets
 
 # molecules, frames of dynamics and rattled copies of each, quantum frames and test frames, numbers of labels,
-# epochs of pre-training, steps of the quantum stage
+# epochs of pre-training, steps and least epochs of the quantum stage
 SCALES = {
     "smoke": {
         "molecules": 40, "md": 6, "rattle": 4, "quantum": 80, "test": 30, "counts": [25], "pretrain": 2, "steps": 60,
+        "epochs": 1,
     },
     "laptop": {
         "molecules": 1000, "md": 15, "rattle": 10, "quantum": 1600, "test": 400, "counts": [25, 50, 100, 400],
-        "pretrain": 10, "steps": 2000,
+        "pretrain": 10, "steps": 2000, "epochs": 60,
     },
     "paper": {
         "molecules": 5000, "md": 20, "rattle": 20, "quantum": 3000, "test": 1000,
-        "counts": [25, 50, 100, 200, 400, 1000], "pretrain": 50, "steps": 20000,
+        "counts": [25, 50, 100, 200, 400, 1000], "pretrain": 50, "steps": 20000, "epochs": 100,
     },
 }  # fmt: skip
+WORDS = {"same": "pre-trained on the same configurations", "long": "scratch as long as both stages"}
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = {  # student of equitune distill
     "mace": {"flags": {"hidden_irreps": "32x0e+32x1o", "max_ell": 2, "correlation": 2, "r_max": 4.5, "E0s": "average"}},
@@ -82,6 +87,15 @@ def claim(folder: Path, settings: dict[str, str]) -> None:
     write_text(file, json.dumps(settings) + "\n")
 
 
+def settings_of(folder: Path) -> dict[str, str]:
+    """Scale and methods of a folder."""
+    file = folder / "settings.json"
+    if not file.is_file():
+        raise typer.BadParameter(f"no {file}: run the command prepare first", param_hint="--folder")
+    found: dict[str, str] = json.loads(file.read_text())
+    return found
+
+
 @app.command()
 def prepare(
     molecules: Annotated[Path, typer.Option(help="geometries, any format ASE reads")],
@@ -96,6 +110,8 @@ def prepare(
     """Sample conformations with the classical potential; label them by it, and others by the quantum method."""
     if scale not in SCALES:
         raise typer.BadParameter(f"expected one of {', '.join(SCALES)}, got {scale!r}", param_hint="--scale")
+    if not molecules.is_file():
+        raise typer.BadParameter(f"no file {molecules}", param_hint="--molecules")
     sizes: dict[str, Any] = SCALES[scale]
     for method in (classical, *([] if Path(quantum).is_file() else [quantum])):
         open_labeler(method)  # a wrong name before the folder is claimed
@@ -126,42 +142,58 @@ def prepare(
         label(write(folder / "few.xyz", few), folder / "quantum.xyz", quantum, workers=workers)
     for name in ("classical", "quantum"):
         print(f"{name}: {len(ase.io.read(folder / f'{name}.xyz', ':'))} frames")
-    print(f"written: {folder / 'classical.xyz'}, {folder / 'quantum.xyz'}")
+    # force fields have no common zero of different molecules, nor one for each element
+    source = read_source("classical.xyz", folder / "classical.xyz")
+    offsets = by_composition([source], "REF_energy")
+    write_without(source, offsets, "REF_energy", folder / "pretrain.xyz")
+    twins = write(folder / "twins.xyz", [bare(a) for a in ase.io.read(folder / "quantum.xyz", ":")])
+    label(twins, folder / "quantum_classical.xyz", classical, workers=workers)  # for the control
+    twin = read_source("quantum_classical.xyz", folder / "quantum_classical.xyz")
+    known = [a for a in twin.frames if a.get_chemical_formula() in offsets]
+    write_without(replace(twin, frames=known), offsets, "REF_energy", folder / "pretrain_same.xyz")
+    print(f"written: {folder / 'pretrain.xyz'}, {folder / 'quantum.xyz'}")
 
 
-def config(folder: Path, model: str, seed: int, count: int, sizes: dict[str, Any], same: str | None) -> Path:
+def config(folder: Path, model: str, seed: int, count: int, sizes: dict[str, Any], same: bool, long: bool) -> Path:
     """Frames and config of one run of equitune distill, whose teacher are the classical labels."""
+    for name in ("quantum", "pretrain", "pretrain_same"):
+        if not (folder / f"{name}.xyz").is_file():
+            raise typer.BadParameter(f"no {folder / name}.xyz: run prepare first, or to its end", param_hint="--folder")
     place = folder / f"{model}-s{seed}"
     place.mkdir(parents=True, exist_ok=True)
     frames = ase.io.read(folder / "quantum.xyz", ":")
-    frames = [frames[i] for i in np.random.default_rng(0).permutation(len(frames))]
-    test, pool = frames[: sizes["test"]], frames[sizes["test"] :]
+    fixed = np.random.default_rng(0).permutation(len(frames))
+    test, pool = [frames[i] for i in fixed[: sizes["test"]]], fixed[sizes["test"] :]
     held = max(5, count // 5)
     if len(pool) < count:
         raise ValueError(f"quantum.xyz: expected {sizes['test'] + count} frames, got {len(frames)}")
-    order = np.random.default_rng(seed).permutation(len(pool))  # smaller sets are parts of the larger ones
+    order = np.random.default_rng(seed).permutation(pool)  # smaller sets are parts of the larger ones
     parts = {"train": order[held:count], "valid": order[:held]}
     for name, which in parts.items():
-        write(place / f"{name}_{count}.xyz", [pool[i] for i in which])
+        write(place / f"{name}_{count}.xyz", [frames[i] for i in which])
     write(place / "test.xyz", test)
-    labelled, name = (folder / "classical.xyz").resolve(), f"n{count}"
-    if same is not None:
-        labelled, name = (place / f"same_{count}.xyz").resolve(), f"n{count}_same"
-        label([bare(pool[i]) for i in parts["train"]], labelled, same)
-    epochs = max(1, sizes["steps"] * 5 // (count - held))
+    labelled, name = (folder / "pretrain.xyz").resolve(), f"n{count}"
+    known = ase.io.read(labelled, ":")
+    if same:
+        wanted = {*parts["train"].tolist()}
+        known = [a for a in ase.io.read(folder / "pretrain_same.xyz", ":") if int(a.info["input_index"]) in wanted]
+        labelled, name = write(place / f"same_{count}.xyz", known).resolve(), f"n{count}_same"
+    epochs = max(sizes["epochs"], sizes["steps"] * 5 // (count - held))
+    scratch = epochs + (round(sizes["pretrain"] * len(known) / (count - held)) if long else 0)
     student: dict[str, Any] = dict(MODELS[model]) | {
-        "pretrain": {"epochs": sizes["pretrain"] if same is None else epochs, "lrs": [0.01]},
+        "pretrain": {"epochs": epochs if same else sizes["pretrain"], "lrs": [0.01]},
         "finetune": {"epochs": epochs, "lrs": [0.002, 0.005, 0.01]},
-        "direct": {"epochs": epochs, "lrs": [0.005, 0.01, 0.02]},
+        "direct": {"epochs": scratch, "lrs": [0.005, 0.01, 0.02]},
     }
+    name += "_long" if long else ""
     if model != "mace":
-        few = [pool[i] for i in parts["train"]]
+        few = [frames[i] for i in parts["train"]]
         energies, gamma = (
             "training_module.model.model.per_type_energy_shifts",
             "training_module.lr_scheduler.scheduler.gamma",
         )
-        for stage, known in (("pretrain", ase.io.read(labelled, ":")), ("finetune", few), ("direct", few)):
-            student[stage]["flags"] = {energies: shifts(known), gamma: 0.05 ** (1 / student[stage]["epochs"])}
+        for stage, some in (("pretrain", known), ("finetune", few), ("direct", few)):
+            student[stage]["flags"] = {energies: shifts(some), gamma: 0.05 ** (1 / student[stage]["epochs"])}
         write_text(place / "nequip_data.yaml", (CONFIGS / "nequip_data.yaml").read_text())
         write_text(place / "student.yaml", student_config(model))
     content = {
@@ -175,7 +207,7 @@ def config(folder: Path, model: str, seed: int, count: int, sizes: dict[str, Any
 def shifts(frames: list[ase.Atoms]) -> dict[str, float]:
     """Energies of the elements by least squares, eV."""
     counts = np.array([[(a.numbers == z).sum() for z in (1, 6, 7, 8)] for a in frames], float)
-    found = solve_offsets(counts, np.array([a.info["REF_energy"] for a in frames]))
+    found = np.linalg.lstsq(counts, np.array([a.info["REF_energy"] for a in frames]), rcond=None)[0]
     return dict(zip("HCNO", found.tolist(), strict=True))
 
 
@@ -198,17 +230,20 @@ def run(
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
     counts: Annotated[str, typer.Option(help="numbers of labels; default those of the scale")] = "",
     same: Annotated[bool, typer.Option(help="only the control: pre-training on the quantum configurations")] = False,
+    long: Annotated[
+        bool, typer.Option(help="only the control: scratch with the steps of pre-training added to its own")
+    ] = False,
     folder: Folder = Path("t-painn-qm9"),
 ) -> None:
     """Train from scratch and autotuned for every number of labels."""
     if model not in MODELS:
         raise typer.BadParameter(f"expected one of {', '.join(MODELS)}, got {model!r}", param_hint="--model")
-    settings = json.loads((folder / "settings.json").read_text())
+    settings = settings_of(folder)
     sizes: dict[str, Any] = SCALES[settings["scale"]]
     for seed in seeds.split(","):
         for count in map(int, counts.split(",")) if counts else sizes["counts"]:
             print(f"{model}, seed {seed}, {count} labels", flush=True)
-            file = config(folder, model, int(seed), count, sizes, settings["classical"] if same else None)
+            file = config(folder, model, int(seed), count, sizes, same, long)
             subprocess.run([Path(sys.executable).parent / "equitune", "distill", file], check=True)
     table(folder)
 
@@ -216,7 +251,7 @@ def run(
 @app.command()
 def table(folder: Folder = Path("t-painn-qm9")) -> None:
     """Write report.md and curves.png from the runs that are there."""
-    settings = json.loads((folder / "settings.json").read_text())
+    settings = settings_of(folder)
     found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-s*/n*.json")):
         model, (count, _, control) = path.parent.name.rpartition("-s")[0], path.stem[1:].partition("_")
@@ -244,7 +279,7 @@ def table(folder: Folder = Path("t-painn-qm9")) -> None:
         r = [middle(of(k, "mae_e_refit")) for k in ("direct", "finetune")]
         f = [middle(of(k, "mae_f")) for k in ("direct", "finetune")]
         fewer = middle(lambda c: c["comparison"]["direct_steps"] / c["comparison"]["finetune_steps"])
-        name = f"{model}, same configurations" if control else model
+        name = ", ".join([model, *(WORDS[word] for word in control.split("_") if word)])
         lines.append(
             f"| {name} | {count} | {len(contents)} | {e[0]:.1f} | {e[1]:.1f} | {r[0]:.1f} → {r[1]:.1f} | {f[0]:.1f} | "
             f"{f[1]:.1f} | {f[0] / f[1]:.2f} | {e[0] / e[1]:.2f} | {r[0] / r[1]:.2f} | {fewer:.1f} |"

@@ -30,7 +30,7 @@ import typer
 import yaml
 from ase import units
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, content_digest, write_text
 from mace_lora.data import require_sound
 
 KCAL = units.kcal / units.mol
@@ -179,7 +179,10 @@ def main(
         raise typer.BadParameter(f"no file {base}", param_hint="--base")
     command = f"python recipes/two_stage_rmd17.py --data DIR --molecules {molecules} --seeds {seeds} --scale {scale}"
     command += "" if base == "embedded" else f" --base {Path(base).name}"
-    settings, file = {"scale": scale, "base": Path(base).name, "data": str(data.resolve())}, folder / "settings.json"
+    for molecule in molecules.split(","):  # before the folder is claimed
+        read(data, molecule)
+    known = base if base == "embedded" else f"{Path(base).name} {content_digest(base)[:8]}"
+    settings, file = {"scale": scale, "base": known, "data": str(data.resolve())}, folder / "settings.json"
     if file.is_file() and json.loads(file.read_text()) != settings:
         raise typer.BadParameter(f"{folder} holds runs of {json.loads(file.read_text())}", param_hint="--folder")
     write_text(file, json.dumps(settings) + "\n")

@@ -19,6 +19,7 @@ __all__ = ["Agreement", "advice", "agreement", "with_labels"]
 Floats = NDArray[np.float64]
 LIKELY, POSSIBLE = 0.8, 0.5
 FEW, MANY = 100, 400  # quantum frames: a middling potential still helps up to the one, a good one up to the other
+CLEAR = 1.15  # ratio of force errors: smaller ones of two runs of one seed say little
 DEFAULT_KEYS = ("REF_energy", "REF_forces")
 
 
@@ -158,10 +159,13 @@ def advice(a: Agreement, available: int | None = None, gain: float | None = None
 
 
 def _by_pilot(gain: float, shown: str) -> str:
-    if gain > 1.1:
+    if gain > CLEAR:
         return f"Classical pre-training helps: in the pilot its force error was {gain:.2f} times lower ({shown})."
-    if gain > 0.9:
-        return f"Classical pre-training is not worth its labels: it made no difference in the pilot ({shown})."
+    if gain > 1 / CLEAR:
+        return (
+            f"Classical pre-training makes no clear difference: the force errors of the pilot's two small models, one "
+            f"run each, are as 1 to {gain:.2f} ({shown}). A gain of your own model, if there is one, is small."
+        )
     return f"Do without classical pre-training: in the pilot it raised the force error {1 / gain:.2f} times ({shown})."
 
 

@@ -6,7 +6,6 @@ import argparse
 import ast
 import copy
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +90,10 @@ def _refuse_schedules(args: argparse.Namespace) -> None:
         raise SettingsError("--autotune_unfreeze: not with --lbfgs, which takes all weights as one")
     blocks = args.num_interactions + 1  # below the readouts: interactions and the embedding
     if every * blocks >= args.max_num_epochs:
-        logging.warning(
-            "equitune: --autotune_unfreeze %d: the lowest of %d blocks would begin to learn at epoch %d, but "
-            "--max_num_epochs is %d: it stays as it is after stage one", every, blocks, every * blocks,
-            args.max_num_epochs,
-        )  # fmt: skip
+        raise SettingsError(
+            f"--autotune_unfreeze {every}: the lowest of {blocks} blocks would begin to learn at epoch "
+            f"{every * blocks}, but --max_num_epochs is {args.max_num_epochs}; unfreeze faster, or train longer"
+        )
 
 
 def _refuse_lora(args: argparse.Namespace) -> None:

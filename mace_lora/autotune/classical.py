@@ -204,6 +204,7 @@ def _compare(args: argparse.Namespace, saved: dict[str, Any], wanted: dict[str, 
     Raises:
         SettingsError: what differs, and what to remove.
     """
+    saved = {"autotune_offsets": "element"} | saved  # an earlier version had no choice
     keys = {k for k in wanted if k in saved} | {"autotune_train_file"}
     if classical_model(args).is_file() and args.autotune_epochs is None:
         keys.discard("max_num_epochs")  # a longer stage two does not ask for a longer stage one

@@ -18,7 +18,7 @@ from mace_lora.augment.perturb import bare
 from mace_lora.evaluate.metrics import Errors, errors, predict
 from mace_lora.mace_plugin.launch import train
 
-from .advice import with_labels
+from .advice import CLEAR, with_labels
 
 __all__ = ["Pilot", "pilot"]
 
@@ -33,10 +33,10 @@ _SMALL = {
 
 @dataclass(frozen=True)
 class Pilot:
-    """Errors on the validation frames of equal small models.
+    """Errors of equal small models on quantum frames that neither was trained nor chosen on.
 
     Attributes:
-        trained, validated: quantum frames used.
+        trained, validated: quantum frames trained on, and compared on.
         scratch, autotuned: errors without and with classical pre-training.
         gain: force error from scratch over that with pre-training; above one where it helped.
     """
@@ -52,7 +52,8 @@ class Pilot:
 
     def text(self) -> str:
         """One sentence for the user."""
-        verdict = "helped" if self.gain > 1.1 else "made no difference" if self.gain > 0.9 else "did harm"
+        clear = self.gain > CLEAR, self.gain < 1 / CLEAR
+        verdict = "helped" if clear[0] else "did harm" if clear[1] else "made no clear difference"
         return (
             f"Pilot with {self.trained} of your frames and small models: classical pre-training {verdict}; force MAE "
             f"{self.scratch.mae_f:.0f} meV/Å from scratch, {self.autotuned.mae_f:.0f} with it ({self.gain:.2f} times "
@@ -71,7 +72,8 @@ def pilot(
     goes on.
 
     Args:
-        frames: labelled quantum frames (eV, eV/Å); two thirds are trained on, at most 50.
+        frames: labelled quantum frames (eV, eV/Å); two thirds are trained on, at most 50; half of the rest choose
+            the epoch, the other half are compared on.
         with_: classical potential, as for labelling.
         folder: for all files.
         classical: frames of the classical stage.
@@ -92,7 +94,7 @@ def pilot(
     order = np.random.default_rng(seed).permutation(len(frames))
     count = min(50, 2 * len(frames) // 3)
     chosen = [frames[i] for i in order[: min(len(frames), count + 50)]]
-    few, held = chosen[:count], chosen[count:]
+    few, valid, held = chosen[:count], chosen[count::2], chosen[count + 1 :: 2]  # the last are looked at once
     settings = {
         "frames": [frame_key(a, f"{a.info[energy_key]:.9f}") for a in chosen],
         "potential": open_labeler(with_).identity, "classical": classical, "epochs": epochs,
@@ -102,7 +104,7 @@ def pilot(
     if file.is_file() and json.loads(file.read_text()) != settings:
         raise ValueError(f"{folder}: its pilot is of other frames or settings; give another folder, or remove it")
     write_text(file, json.dumps(settings) + "\n")
-    for name, part in (("train", few), ("valid", held)):
+    for name, part in (("train", few), ("valid", valid)):
         _write(folder / f"{name}.xyz", part, energy_key, forces_key)
     labelled = folder / "classical.xyz"
     if not labelled.exists():

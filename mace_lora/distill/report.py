@@ -114,10 +114,6 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
     return config.folder / f"{config.report}.md"
 
 
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{v} {k}" for k, v in counts.items() if v) or "none"
-
-
 def _table(outcome: Outcome) -> list[str]:
     teacher = outcome.speed.get("teacher", float("nan"))
     lines = [

@@ -122,7 +122,8 @@ def save_adapter(
         path: folder; created when missing.
         adapter_name: which adapter; default the only one.
         config: its settings, for the record; default those it was loaded with, else of equal rank and alpha.
-        metadata: provenance to store; default what it was loaded or built with. The base fingerprint is added when missing.
+        metadata: provenance to store; default what it was loaded or built with. The base fingerprint is added when
+            missing.
         run: state of training to store in the weights file, e.g. epoch and validation loss.
         dtype: storage type of the factors; float32 keeps files small.
 

@@ -33,6 +33,7 @@ def test_sound_commands(arguments, frames_file):
         ({"autotune_epochs": 0}, "--autotune_epochs: expected more than 0, got 0"),
         ({"autotune_lr_decay": 1.5}, "--autotune_lr_decay: expected a factor above 0"),
         ({"autotune_unfreeze": 0}, "--autotune_unfreeze: expected at least 1 epoch, got 0"),
+        ({"autotune_unfreeze": 4}, "--autotune_unfreeze 4: the lowest of 3 blocks would begin to learn at epoch 12"),
         ({"autotune_unfreeze": 1, "lbfgs": True}, "--autotune_unfreeze: not with --lbfgs"),
         ({"lora_rank": 4}, "--lora_rank: has no effect without --lora"),
         ({"dry_run": True}, "--dry_run: not with --autotune_train_file"),

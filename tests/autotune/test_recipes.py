@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import ase
 import ase.io
 import numpy as np
 import pytest
@@ -52,13 +53,39 @@ def test_quantum_files_keep_their_labels(tmp_path, keys, monkeypatch):
     folder.mkdir()
     for name, count in made.items():
         ase.io.write(folder / name, [labelled("OH2", 0.0, k) for k in range(count)], format="extxyz")
-    monkeypatch.setattr(qm9, "label", lambda frames, out, *more, **options: ase.io.write(out, ase.io.read(frames, ":")))
+
+    def label(frames, out, *more, **options):
+        found = ase.io.read(frames, ":")
+        for k, one in enumerate(found):
+            one.info |= {"REF_energy": float(k), "input_index": k}
+            one.arrays["REF_forces"] = np.zeros((len(one), 3))
+        ase.io.write(out, found, format="extxyz")
+
+    monkeypatch.setattr(qm9, "label", label)
     monkeypatch.setattr(qm9, "rattle", lambda atoms, *more: atoms)
     qm9.prepare(tmp_path / "dft.xyz", quantum=str(tmp_path / "dft.xyz"), scale="smoke", workers=1, folder=folder)
     (kept,) = ase.io.read(folder / "quantum.xyz", ":")
     assert kept.info["REF_energy"] == -3.0
     np.testing.assert_allclose(kept.arrays["REF_forces"], wanted, atol=1e-6)
     assert json.loads((folder / "settings.json").read_text())["scale"] == "smoke"
+    energies = [a.info["REF_energy"] for a in ase.io.read(folder / "pretrain.xyz", ":")]
+    assert np.isclose(np.mean(energies), 0.0) and np.ptp(energies) > 10  # one composition, its mean taken off
+    (twin,) = ase.io.read(folder / "pretrain_same.xyz", ":")
+    assert twin.info["input_index"] == 0 and np.isclose(twin.info["REF_energy"], min(energies))
+    with pytest.raises(typer.BadParameter, match="run the command prepare first"):
+        qm9.run("mace", folder=tmp_path / "none")
+    with pytest.raises(typer.BadParameter, match="no file "):
+        qm9.prepare(tmp_path / "gone.xyz", scale="smoke", workers=1, folder=tmp_path / "none")
+
+
+def test_diffusion_of_a_random_walk():
+    water, rng = script("recipes/t_painn_water.py"), np.random.default_rng(0)
+    wanted = 2.3  # 1e-9 m²/s, that is 0.23 Å²/ps
+    steps = rng.normal(scale=np.sqrt(2 * 0.1 * wanted * 1e-3 * water.EVERY * water.TIMESTEP), size=(2000, 216, 3))
+    steps[:, :, 0] += 0.02  # a drift of all
+    frames = [ase.Atoms("O216", positions=p) for p in np.cumsum(steps, axis=0)]
+    found, error = water.diffusion(frames)
+    assert abs(found - wanted) < 4 * error and error < 0.1
 
 
 def row(method: str, lr: float, seed: int, raw: float, **more) -> dict:

@@ -91,13 +91,28 @@ def test_bad_configs(tmp_path, monkeypatch):
     file.write_text("lr: 0.1\nfolder: a\nepochs: 2\nbatch_size: 5\ndata: {}\n")
     with pytest.raises(ValueError, match=r"expected the key autotune.checkpoint, as in recipes"):
         check_config(file, {})
-    full = (RECIPES / "nequip_autotune.yaml").read_text().replace("nequip_data, ", "")
-    file.write_text(full + "epochs: 3\nbatch_size: 5\ndata: {}\n")
+    shared, full = ((RECIPES / f"{n}.yaml").read_text() for n in ("nequip_data", "nequip_autotune"))
+    (tmp_path / "nequip_data.yaml").write_text(shared)
+    file.write_text(full)
     check_config(file, {"lr": 0.1, "training_module.model.model.l_max": 2})
     with pytest.raises(ValueError, match=r"student.flags: it has no key batchsize"):
         check_config(file, {"batchsize": 3})
     file.write_text(file.read_text().replace("nequip_ext.Autotuned", "nequip.model.NequIPGNNModel"))
     with pytest.raises(ValueError, match=r"expected _target_: nequip_ext.Autotuned with checkpoint"):
+        check_config(file, {})
+    file.write_text(full)
+    for old, new, message in (
+        ("nequip.data.datamodule.ASEDataModule", "my.Module", "data: expected nequip.data.datamodule.ASEDataModule"),
+        ("REF_energy: total_energy", "energy: total_energy", "data.key_mapping: expected REF_energy: total_energy"),
+        ("CSVLogger", "TensorBoardLogger", "trainer.logger: expected lightning.pytorch.loggers.CSVLogger"),
+        ("per_atom_energy_mae", "per_atom_energy_rmse", "training_module.val_metrics: expected coeffs with forces_mae"),
+    ):
+        (tmp_path / "nequip_data.yaml").write_text(shared.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            check_config(file, {})
+    (tmp_path / "nequip_data.yaml").write_text(shared)
+    file.write_text(full.replace("filename: best", "filename: top"))
+    with pytest.raises(ValueError, match=r"trainer.callbacks: expected a ModelCheckpoint with dirpath"):
         check_config(file, {})
     file.write_text("defaults: [gone, _self_]\n")
     with pytest.raises(ValueError, match="defaults: expected names of files beside it, or _self_, got 'gone'"):
@@ -109,4 +124,4 @@ def test_bad_configs(tmp_path, monkeypatch):
         file.write_text("lr: 0.1\nfolder: a\nepochs: 2\nbatch_size: 5\ndata: {}\nautotune: {checkpoint: null}\n")
         student = NequipStudent(file, {}, 1)
         (tmp_path / "run").mkdir()
-        student.train({"config": str(file)}, (file, file), tmp_path / "run")
+        student.train({}, (file, file), tmp_path / "run")
