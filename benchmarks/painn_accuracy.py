@@ -1,9 +1,9 @@
 """PaiNN and NequIP from scratch on rMD17: force error against the number of labels, at equal budget.
 
 Both are trained by nequip-train for the same number of steps of 10 frames, with a learning-rate sweep on the
-first seed at 200 labels, widened past its upper edge. N counts training and validation frames (a twentieth, at least 10); 1000 test
-frames of the official split. Published for 1000 MD17 labels, trained to convergence (arXiv 2102.03150): 0.22
-(ethanol) and 0.34 kcal/mol/Å (aspirin).
+first seed at 200 labels, widened past its upper edge. N counts training and validation frames (a twentieth, at
+least 10); 1000 test frames of the official split. Published for 1000 MD17 labels, trained to convergence (arXiv
+2102.03150): 0.22 (ethanol) and 0.34 kcal/mol/Å (aspirin).
 
 Command:  python benchmarks/painn_accuracy.py run --data DIR
           python benchmarks/painn_accuracy.py table

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ import yaml
 from mace_lora.atomic import atomic_path, write_text
 from mace_lora.augment import Schedule, cluster, keep_sound, label, molecule, pack, sample_md
 from mace_lora.data.check import require_sound
+from mace_lora.evaluate.machine import machine
 
 SMILES = "FC(F)(F)C(F)(F)C(F)(F)C(F)(F)N(C(F)(F)C(F)(F)C(F)(F)C(F)(F)F)C(F)(F)C(F)(F)C(F)(F)C(F)(F)F"
 BIN = Path(sys.executable).parent
@@ -148,7 +148,7 @@ def report(folder: Path, scale: str, seconds: float, scratch: bool) -> Path:
         f"{'deviations as they are' if scratch else 'deviations calibrated on validation frames'}; "
         f"window {'100–300' if scratch else '300–1500'} meV/Å; exploration at 280, 500 and 800 K. Scale `{scale}`, "
         f"{datetime.date.today()}, "
-        f"{seconds / 60:.0f} minutes this run, {len(os.sched_getaffinity(0))} cores.",
+        f"{seconds / 60:.0f} minutes this run, {machine()}.",
         "",
         f"Command: `python recipes/active_liquid.py --scale {scale}{' --scratch' * scratch}`. "
         "Errors: first member on the round's new frames "

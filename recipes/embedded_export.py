@@ -15,13 +15,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
+import typer
 from ase import Atoms
 from ase.data import chemical_symbols
 from ase.io import read, write
@@ -179,4 +179,4 @@ def is_current(workdir: Path, out: Path) -> bool:
 
 
 if __name__ == "__main__":
-    verify(Path(sys.argv[1]), Path(sys.argv[2]))
+    typer.run(verify)

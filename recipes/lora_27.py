@@ -18,7 +18,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from ase import units
 from mace_lora.atomic import atomic_path, content_digest, write_text
 from mace_lora.data import require_sound
 from mace_lora.distill.evaluation import evaluate_model
+from mace_lora.evaluate.machine import machine
 from mace_lora.mace_plugin.base_model import load_model
 from mace_lora.mace_plugin.launch import train
 
@@ -226,7 +226,7 @@ def table(folder: Folder = Path("lora-27")) -> None:
         f"{TRAIN} + {VALID} frames, {epochs} epochs, best of three learning rates by validation, median over seeds; E "
         f"in meV/atom with constant offsets removed for both, F in meV/Å; a set that several bases know counts once, "
         "with the one that is better on its validation frames.", "",
-        f"{datetime.date.today()}, {os.cpu_count()} cores, CPU.", "",
+        f"{datetime.date.today()}, {machine()}.", "",
         "Commands: " + "; ".join(f"`{r['command']}`" for r in runs) + ".", "",
         "| set | base | seeds | full: lr, E, F | LoRA: lr, E, F | change E | change F |", "|" + "---|" * 7,
     ]  # fmt: skip

@@ -41,6 +41,7 @@ from ase.build import bulk
 from mace_lora.atomic import atomic_path, write_text
 from mace_lora.augment import Schedule, label, sample_md
 from mace_lora.data import require_sound
+from mace_lora.evaluate.machine import machine
 
 # cells for each density, frames of each, test structures, numbers of DFT structures, epochs of pre-training, steps
 SCALES = {
@@ -275,7 +276,7 @@ def table(folder: Folder = Path("carbon")) -> None:
         "# Synthetic pre-training on disordered carbon", "",
         f"NequIP, r_max 4 Å, 4 layers, 32 features, l_max 1; dynamics: {settings['dynamics']}; scale "
         f"`{settings['scale']}`, "
-        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores, CPU. Test RMSE, median over seeds: energy "
+        f"{datetime.date.today()}, {machine()}. Test RMSE, median over seeds: energy "
         "(meV/atom; in brackets the MAE without constant offsets) / forces (eV/Å). Commands: `python "
         f"recipes/synthetic_pretraining_carbon.py frames --scale {settings['scale']}`, `… label --source SOURCE`, `… "
         "run --data FILE --source SOURCE`.", "",

@@ -40,6 +40,7 @@ from mace_lora.autotune.advice import with_labels
 from mace_lora.autotune.levels import read_source
 from mace_lora.autotune.offsets import by_composition, write_without
 from mace_lora.data import require_sound
+from mace_lora.evaluate.machine import machine
 
 # molecules, frames of dynamics and rattled copies of each, quantum frames and test frames, numbers of labels,
 # epochs of pre-training, steps and least epochs of the quantum stage
@@ -259,7 +260,7 @@ def table(folder: Folder = Path("t-painn-qm9")) -> None:
     lines = [
         "# Classical to quantum on QM9 molecules", "",
         f"Classical labels: {settings['classical']}; quantum: {settings['quantum']}; scale `{settings['scale']}`, "
-        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores, CPU. Commands: `python recipes/t_painn_qm9.py "
+        f"{datetime.date.today()}, {machine()}. Commands: `python recipes/t_painn_qm9.py "
         f"prepare --molecules FILE --scale {settings['scale']}`, `… run --model MODEL`. Medians over seeds; E in "
         "meV/atom, raw and with constant offsets of the elements removed for both; F in meV/Å; fewer: steps on quantum "
         "labels to the best validation force error of scratch, ratio. Target: 2 on forces at 50 labels, 5 fewer steps; "

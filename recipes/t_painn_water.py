@@ -39,6 +39,7 @@ from mace_lora.augment.dynamics import thermalize_momenta
 from mace_lora.augment.perturb import bare
 from mace_lora.autotune.advice import with_labels
 from mace_lora.data import require_sound
+from mace_lora.evaluate.machine import machine
 from mace_lora.evaluate.structure import radial_distribution, rdf_distance
 
 # classical frames of each temperature, test frames, numbers of labels, epochs of pre-training, steps and least epochs
@@ -152,7 +153,7 @@ def table(folder: Path, scale: str, classical: str) -> None:
     lines = [
         "# Classical to quantum for liquid water", "",
         f"MACE 16x0e+16x1o, r_max 4.5 Å; classical: {classical}; scale `{scale}`, {datetime.date.today()}, "
-        f"{len(os.sched_getaffinity(0))} cores, CPU; command `python recipes/t_painn_water.py train --data FILE "
+        f"{machine()}; command `python recipes/t_painn_water.py train --data FILE "
         f"--scale {scale}`. Medians over seeds; E in meV/atom raw and with constant offsets removed, F in meV/Å.", "",
         "| labels | seeds | E scratch | E autotuned | F scratch | F autotuned | ratio F | fewer steps |",
         "|" + "---|" * 8,

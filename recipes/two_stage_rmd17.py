@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from ase import units
 
 from mace_lora.atomic import atomic_path, content_digest, write_text
 from mace_lora.data import require_sound
+from mace_lora.evaluate.machine import machine
 
 KCAL = units.kcal / units.mol
 TRAIN, VALID = 40, 10  # 50 labels in all
@@ -135,7 +135,7 @@ def report(folder: Path, scale: str, base: str, command: str) -> Path:
         f"Teacher: {name} adapted by LoRA to {TRAIN} + {VALID} PBE labels; student: MACE 24x0e+24x1o, r_max 4.5 Å; "
         "test: frames of the official split; E in meV of the whole frame, constant offsets removed for all; F in "
         f"meV/Å; median (min–max) over seeds. Scale `{scale}`, {datetime.date.today()}, "
-        f"{len(os.sched_getaffinity(0))} cores, CPU.", "",
+        f"{machine()}.", "",
         f"Command: `{command}`.", "",
         "| molecule | seeds | model | E MAE | F MAE | ms | paper E / F |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip

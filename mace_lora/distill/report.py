@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mace_lora.atomic import atomic_path, write_text
+from mace_lora.evaluate.machine import machine
 from mace_lora.evaluate.metrics import Predictions
 from mace_lora.evaluate.plots import parity
 
@@ -98,7 +98,7 @@ def write_report(config: Distillation, outcome: Outcome) -> Path:
         *_times(outcome),
         "",
         f"![curves]({curves.name}) ![parity]({pairs.name})\n\n{datetime.date.today()}, trained on "
-        f"{config.device}, timed and evaluated on CPU, {len(os.sched_getaffinity(0))} cores, seed {config.seed}.",
+        f"{config.device}, timed and evaluated on CPU, {machine()}, seed {config.seed}.",
     ]
     _curves(outcome.fits, curves)
     shown = {_NAMES[k]: _predictions(v["folder"]) for k, v in outcome.evaluations.items() if k != "pretrain"}
