@@ -14,12 +14,14 @@ import yaml
 from mace_lora.atomic import content_digest, only_writer, write_text
 from mace_lora.autotune.child import run_child
 from mace_lora.autotune.levels import Source, check_elements, check_mixed_up, read_source
+from mace_lora.autotune.offsets import by_composition, write_without
 from mace_lora.mace_plugin.labels import label_of
 
 __all__ = ["normalisation", "run"]
 
 _KEYS = {"frames", "val", "epochs", "lr", "checkpoint"}
 _SCHEDULE = {"lr_decay": ("LayerwiseRates", "decay", 1.0), "unfreeze": ("GradualUnfreezing", "every", None)}
+_OFFSETS = ("element", "composition")
 _FILES = ("file_path", "train_file_path", "val_file_path", "test_file_path")
 _ELSEWHERE = ("folder", "autotune", "run", "hydra", "frames")  # of no consequence for stage one, or hashed
 _REPORTS = tuple(
@@ -62,18 +64,24 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
     out = Path(str(config["folder"])).resolve()
     first = out / "classical"
     split = {"train": settings["train"], "val": settings["val"], "test": 1}  # upstream wants a test frame
+    copied = settings["offsets"] == "composition"
+    frames = first / "frames_without_offsets.xyz" if copied else classical.path
     mine = [
-        *overrides, f"frames={_quoted(classical.path)}", f"epochs={settings['epochs']}", f"lr={settings['lr']}",
+        *overrides, f"frames={_quoted(frames)}", f"epochs={settings['epochs']}", f"lr={settings['lr']}",
         *(f"data.split_dataset.{part}={count}" for part, count in split.items()), "run=[train]",
         "autotune.checkpoint=null",
         *(f"autotune.{key}={'null' if off is None else off}" for key, (*_, off) in _SCHEDULE.items()
           if key in config["autotune"]),
     ]  # fmt: skip
-    wanted = _fingerprint(_compose(folder, name, mine), classical.path)
+    wanted = _fingerprint(_compose(folder, name, mine), classical.path) | {"autotune.offsets": settings["offsets"]}
     if _finished(first, wanted):
         say(f"stage one is there: {first / 'best.ckpt'}")
     else:
         say(f"stage one: training on {classical.path}")
+        if copied:
+            first.mkdir(parents=True, exist_ok=True)
+            key = _energy_key(config)
+            write_without(classical, by_composition([classical], key, say), key, frames)
         write_text(first / "stage_one.json", json.dumps({"finished": False, "settings": wanted}) + "\n")
         _train(folder, name, first, mine)
         write_text(first / "stage_one.json", json.dumps({"finished": True, "settings": wanted}) + "\n")
@@ -129,10 +137,15 @@ def _check_levels(classical: Source, config: dict[str, Any]) -> None:
         return  # other modules have files and labels of their own
     arguments = data.get("ase_args") or {}
     quantum = [read_source("frames of the config", p, **arguments) for p in dict.fromkeys(map(str, paths))]
-    mapping = data.get("key_mapping") or {}
-    key = next((k for k, v in mapping.items() if v == "total_energy"), "energy")
+    key = _energy_key(config)
     check_elements(classical, quantum)
     check_mixed_up(classical, quantum, lambda atoms: label_of(atoms, "energy", key))
+
+
+def _energy_key(config: dict[str, Any]) -> str:
+    """Key of the energies in the files."""
+    mapping = (config.get("data") or {}).get("key_mapping") or {}
+    return str(next((k for k, v in mapping.items() if v == "total_energy"), "energy"))
 
 
 def _fingerprint(config: dict[str, Any], classical: Path) -> dict[str, str]:
@@ -165,7 +178,7 @@ def _finished(first: Path, wanted: dict[str, str]) -> bool:
         raise ValueError(
             f"{first}: checkpoints are left of a stage whose settings are unknown; give another folder, or remove it"
         )
-    saved = content["settings"]
+    saved = {"autotune.offsets": "element"} | content["settings"]  # an earlier version had no choice
     changed = [
         f"{k}: {saved.get(k, 'none')} before, {wanted.get(k, 'none')} now"
         for k in sorted({*saved, *wanted}) if saved.get(k) != wanted.get(k)
@@ -249,10 +262,11 @@ def _check_keys(config: dict[str, Any], file: Path, overrides: Sequence[str]) ->
         key = override.partition("=")[0].lstrip("+")
         if key.startswith("autotune."):
             found.add(key.removeprefix("autotune."))
-    unknown, missing = sorted(found - _KEYS - {*_SCHEDULE}), sorted(_KEYS - {"checkpoint"} - found)
+    wanted = (*_SCHEDULE, "offsets")
+    unknown, missing = sorted(found - _KEYS - {*wanted}), sorted(_KEYS - {"checkpoint"} - found)
     if unknown or missing:
         raise ValueError(
-            f"{file}: autotune: expected the keys {', '.join(sorted(_KEYS))}, and if wanted {', '.join(_SCHEDULE)}; "
+            f"{file}: autotune: expected the keys {', '.join(sorted(_KEYS))}, and if wanted {', '.join(wanted)}; "
             + (f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}")
         )
 
@@ -268,7 +282,10 @@ def _settings(found: dict[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: autotune.val: expected between 1 and {max(1, train + int(found['val']) - 1)} of the frames in "
             f"{frames}, got {found['val']}"
         )
-    return {"source": source, "train": train, **{k: found[k] for k in ("val", "epochs", "lr")}}
+    offsets = found.get("offsets") or "element"
+    if offsets not in _OFFSETS:
+        raise ValueError(f"{file}: autotune.offsets: expected one of {', '.join(_OFFSETS)}, got {offsets!r}")
+    return {"source": source, "train": train, "offsets": offsets, **{k: found[k] for k in ("val", "epochs", "lr")}}
 
 
 def _here(text: str) -> str:

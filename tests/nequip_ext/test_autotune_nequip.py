@@ -166,6 +166,7 @@ def test_aligning_needs_shifts(work):
         ("autotune.val=30", "autotune.val: expected between 1 and 28 of the frames"),
         ("autotune.epoch=3", "autotune: expected the keys .* unknown: epoch"),
         ("autotune.lr_decay=0", "autotune.lr_decay: expected a factor above 0 and up to 1, got 0"),
+        ("autotune.offsets=atom", "autotune.offsets: expected one of element, composition, got 'atom'"),
         ("autotune.unfreeze=0.5", "autotune.unfreeze: expected null or at least 1 epoch, got 0.5"),
     ],
 )
@@ -178,10 +179,8 @@ def test_bad_configs(springs, override, message):
 def test_config_without_the_key(tmp_path):
     shutil.copy(ROOT / "recipes" / "configs" / "nequip_scratch.yaml", tmp_path / "plain.yaml")
     shown = call(BIN / "equitune", "nequip-autotune", tmp_path / "plain.yaml", check=False)
-    assert (
-        "autotune: expected the keys checkpoint, epochs, frames, lr, val, and if wanted lr_decay, unfreeze; missing"
-        in " ".join(shown.split())
-    )
+    expected = "checkpoint, epochs, frames, lr, val, and if wanted lr_decay, unfreeze, offsets; missing"
+    assert f"autotune: expected the keys {expected}" in " ".join(shown.split())
     shown = call(BIN / "equitune", "nequip-autotune", tmp_path / "gone.yaml", check=False)
     assert "no file" in shown
 
@@ -263,6 +262,19 @@ def test_schedule_is_of_stage_two_alone(stages):
         ValueError, match=r"autotune.lr_decay: expected 0.5 as in .*last.ckpt, which is continued, got 1"
     ):
         go("autotune.unfreeze=2")
+
+
+def test_offsets_of_compositions(stages, tmp_path):
+    go, calls, _, classical = stages
+    go("autotune.offsets=composition")
+    path = Path(calls[0][1]["data"]["split_dataset"]["file_path"])
+    old, new = (ase.io.read(p, ":") for p in (classical, path))
+    change = [a.info["REF_energy"] - b.info["REF_energy"] for a, b in zip(old, new, strict=True)]
+    assert sum(b.info["REF_energy"] for b in new) == pytest.approx(0.0, abs=1e-6)
+    assert change == pytest.approx([change[0]] * len(change))
+    assert calls[1][1]["data"]["split_dataset"]["file_path"] != str(path)
+    with pytest.raises(ValueError, match=r"autotune.offsets: \"?composition\"? before, \"?element\"? now"):
+        go()
 
 
 def test_levels_are_checked_before_training(stages, springs):
