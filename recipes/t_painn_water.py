@@ -8,7 +8,7 @@ Purpose:  the water experiment of T-PaiNN (arXiv 2603.24752) in kind, with MACE:
 Command:  python recipes/t_painn_water.py train --data WATER.xyz --scale laptop
           python recipes/t_painn_water.py dynamics --data WATER.xyz --scale laptop
 Data:     periodic DFT frames of water with energy and forces (eV, eV/Å), e.g. PBE0-TS of DeePMD-kit's example.
-Cost:     one CPU thread: laptop train 5 hours a seed (23,000 steps of 2 x 192 atoms), dynamics 4 hours; smoke 15
+Cost:     one CPU thread: laptop train 5 hours a seed (23,000 steps of 2 x 192 atoms), dynamics 5 hours; smoke 15
           minutes.
 Writes:   t-painn-water/: classical.xyz, one folder per seed, report.md, dynamics.md, rdf.png. Stopped, both go on, but
           an unfinished density (NPT) starts anew; settings.json keeps a folder to one scale and classical model.
