@@ -93,8 +93,10 @@ class GradualUnfreezing(lightning.Callback):
         """
         if self.every is None:
             return
-        names = [n for n, p in pl_module.model.named_parameters() if p.requires_grad]
-        self._depth = depths(names)
+        parameters = dict(pl_module.model.named_parameters())
+        level = {n: d for n, d in depths(parameters).items() if parameters[n].requires_grad}
+        order = sorted({*level.values()})  # layers of which nothing trains take no turn
+        self._depth = {n: order.index(d) for n, d in level.items()}
         self._deepest, last = max(self._depth.values(), default=0), trainer.max_epochs
         if any(type(o).__name__ == "MuonWithAuxAdam" for o in trainer.optimizers):
             raise ValueError(

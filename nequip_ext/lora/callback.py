@@ -179,7 +179,9 @@ def _files(datamodule: Any) -> dict[str, str]:
         elif hasattr(dataset, "dataset"):  # a part of another
             waiting.append(dataset.dataset)
         elif Path(str(getattr(dataset, "file_path", ""))).is_file():
-            found[Path(dataset.file_path).name] = content_digest(dataset.file_path)
+            path, digest = Path(dataset.file_path), content_digest(dataset.file_path)
+            # no more of the path than tells files apart: the card may go to a hub
+            found[path.name if found.get(path.name, digest) == digest else f"{path.parent.name}/{path.name}"] = digest
     return found
 
 

@@ -85,8 +85,10 @@ class Energies(lightning.LightningModule):
         return [0, 1]
 
 
-def fit(name: str, every: int | None, epochs: int) -> Energies:
+def fit(name: str, every: int | None, epochs: int, frozen: str = "nothing") -> Energies:
     module = Energies(name)
+    for parameter_name, parameter in module.model.named_parameters():
+        parameter.requires_grad_(frozen not in parameter_name)
     trainer = lightning.Trainer(
         max_epochs=epochs, callbacks=[GradualUnfreezing(every)], accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
@@ -103,6 +105,13 @@ def test_layers_learn_one_after_the_other(name):
     moved = [{n for n in a if not torch.equal(a[n], b[n])} for a, b in itertools.pairwise(seen)]
     for epoch, names in enumerate(moved):  # weight decay, too, waits
         assert names and {level[n] for n in names} == set(range(epoch + 1))
+
+
+def test_frozen_layers_take_no_turn():
+    seen = fit("painn", every=1, epochs=3, frozen="readout").seen
+    level = depths(seen[0])
+    moved = [{level[n] for n in a if not torch.equal(a[n], b[n])} for a, b in itertools.pairwise(seen)]
+    assert moved == [{1}, {1, 2}, {1, 2, 3}]
 
 
 def test_all_at_once():
