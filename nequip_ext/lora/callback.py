@@ -171,7 +171,7 @@ def is_fresh(model: Any) -> bool:
 
 def _files(datamodule: Any) -> dict[str, str]:
     """Hash of every file of training and validation data."""
-    waiting, found = [datamodule.train_dataset, *datamodule.val_dataset], {}
+    waiting, found = [datamodule.train_dataset, *datamodule.val_dataset], dict[str, str]()
     while waiting:
         dataset = waiting.pop()
         if isinstance(dataset, list):
