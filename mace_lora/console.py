@@ -35,8 +35,9 @@ def is_nequip_file(path: Path) -> bool:
 
 def model_from(source: Path, adapter: Path | None = None) -> Any:
     """A MACE or NequIP model, with an adapter merged into it if one is given."""
-    from mace_lora.lora.adapter import load_adapter, read_adapter
+    from mace_lora.lora.adapter import read_adapter
     from mace_lora.lora.inject import merge_lora
+    from mace_lora.lora.loading import load_adapter
 
     if adapter is not None:
         read_adapter(adapter)  # before the slow part

@@ -14,10 +14,11 @@ import torch
 from ase import Atoms
 from torch import nn
 
-from .adapter import AdapterFile, load_adapter, load_tensors, read_adapter
+from .adapter import AdapterFile, read_adapter
 from .energies import BUFFER, MODULE, difference
 from .fingerprint import fingerprint
 from .inject import RECORDS, adapter_layers, adapter_names, disabled_adapters, merge_adapters, set_adapter
+from .loading import load_adapter, load_tensors
 
 __all__ = [
     "choose_head",

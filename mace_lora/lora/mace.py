@@ -18,14 +18,16 @@ from mace_lora.mace_plugin.by_element import KERNELS
 from mace_lora.mace_plugin.evaluation import spread
 from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
-from .adapter import load_tensors, read_adapter, save_adapter
+from .adapter import read_adapter
 from .by_element import enable
 from .config import INITS, PRESETS
 from .energies import BUFFER, MODULE, difference, fit_references, reference_plan
 from .fingerprint import fingerprint
 from .inject import ModulePlan, adapter_layers, apply_plan, merge_lora, plan_lora
+from .loading import load_tensors
 from .mace_args import config_from, refuse_conflicts, refuse_unused, resolve_defaults
 from .preflight import preflight
+from .saving import save_adapter
 
 __all__ = ["LoraPlugin"]
 

@@ -19,12 +19,12 @@ except ImportError as err:
     raise ImportError("PEFT's own loader needs peft: pip install 'equitune[peft]'") from err
 from torch import nn
 
-from .adapter import config_json
 from .blocks import describe
 from .config import LoraConfig, reject_unsupported
 from .fingerprint import fingerprint, layer_fingerprint
 from .inject import apply_plan, plan_lora
 from .layers import AdapterLayer
+from .saving import config_json
 
 __all__ = ["EquituneLoraConfig", "PeftAdapterLayer", "peft_config", "register_peft"]
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mace_lora.lora.adapter import load_tensors, read_adapter
+from mace_lora.lora.adapter import read_adapter
 from mace_lora.lora.config import LoraConfig
 from mace_lora.lora.coverage import coverage
 from mace_lora.lora.fingerprint import fingerprint
 from mace_lora.lora.inject import ModulePlan, adapter_layers, apply_plan, plan_lora
+from mace_lora.lora.loading import load_tensors
 from nequip_ext.upstream.build import is_loading, is_packaging
 
 from .metadata import base_metadata, check_adapter, holds_adapter, restore_energies

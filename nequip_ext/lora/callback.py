@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nequip.data import AtomicDataDict
 
 from mace_lora.atomic import content_digest
-from mace_lora.lora.adapter import save_adapter
 from mace_lora.lora.config import LoraConfig
 from mace_lora.lora.fingerprint import fingerprint
 from mace_lora.lora.inject import adapter_layers, disabled_adapters
+from mace_lora.lora.saving import save_adapter
 from nequip_ext.energies import check_data, predict, refit, residuals_of, training_batches
 
 from .builder import ADAPTER

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from mace_lora.atomic import atomic_path
-from mace_lora.lora.adapter import load_adapter, read_adapter
+from mace_lora.lora.adapter import read_adapter
 from mace_lora.lora.blocks import describe
 from mace_lora.lora.fingerprint import fingerprint
 from mace_lora.lora.inject import merge_lora
+from mace_lora.lora.loading import load_adapter
 from nequip_ext.upstream.package import (
     cpu_deserialize_always,
     declare_dependencies,

@@ -45,8 +45,8 @@ def _mace(argument: str) -> tuple[Factory, str]:
     from mace.calculators import MACECalculator
 
     from mace_lora.console import model_from
-    from mace_lora.lora.adapter import load_adapter
     from mace_lora.lora.inject import merge_lora
+    from mace_lora.lora.loading import load_adapter
 
     path, adapter = _file("mace", argument)
     model = model_from(path).double()
