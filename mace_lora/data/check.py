@@ -115,6 +115,7 @@ def _repeated(frames: Sequence[ase.Atoms], energies: list[float | None], usable:
             np.round(atoms.positions, 6).tobytes(),
             np.round(np.array(atoms.cell), 6).tobytes(),
             state(atoms).encode(),
+            str(atoms.info.get("head", "")).encode(),  # MACE's name of a level of theory
         ]
         first = seen.setdefault(hashlib.sha256(b"|".join(parts)).digest(), i)
         if first != i:

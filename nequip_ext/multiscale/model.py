@@ -30,7 +30,7 @@ from nequip.nn.embedding import (
 from nequip_ext.checks import is_number, require_sizes
 from nequip_ext.upstream.build import append_energy_modules
 
-from .modules import LONG_ENERGY, LONG_FEATURES, AddLongEnergy, AllEdges, JoinFeatures, ShortEdges
+from .modules import LONG_ENERGY, LONG_FEATURES, AllEdges, EnergyShares, FusedReadout, ShareOfFrame, ShortEdges
 
 __all__ = ["MultiScaleNequIP"]
 
@@ -68,7 +68,8 @@ def MultiScaleNequIP(
     """NequIP within ``r_short`` beside a light NequIP within ``r_max`` (arXiv 2312.09490).
 
     One neighbour list of ``r_max`` serves both, so that training, packaging, ASE and LAMMPS work as for NequIP; the
-    short path gets the short edges as an index subset.
+    short path gets the short edges as an index subset. Beyond NequIP's outputs there are ``energy_short`` and
+    ``energy_long`` (frames, 1) in eV, which add up to the total energy.
 
     Args:
         r_max: long cutoff, Å; that of the neighbour list.
@@ -126,14 +127,16 @@ def MultiScaleNequIP(
     )  # fmt: skip
     modules["all_edges"] = AllEdges(last.irreps_out)
     last = _readouts(modules, multiscale_coupling, num_features, modules["all_edges"].irreps_out)
-    modules["per_type_energy_scale_shift"] = PerTypeScaleShift(
+    scale_shift = PerTypeScaleShift(
         type_names=types, field=AtomicDataDict.PER_ATOM_ENERGY_KEY, out_field=AtomicDataDict.PER_ATOM_ENERGY_KEY,
         scales=per_type_energy_scales, shifts=per_type_energy_shifts, scales_trainable=per_type_energy_scales_trainable,
         shifts_trainable=per_type_energy_shifts_trainable, irreps_in=last.irreps_out,
     )  # fmt: skip
+    modules["energy_shares"] = EnergyShares(scale_shift, last.irreps_out)
     network = append_energy_modules(
         model=SequentialGraphNetwork(modules), type_names=types, pair_potential=pair_potential
     )
+    network.append("share_of_frame", ShareOfFrame(network.irreps_out))
     return ForceStressOutput(network, do_derivatives)
 
 
@@ -204,12 +207,14 @@ def _readouts(modules: dict[str, Any], coupling: str, features: int, irreps_in: 
         "forward_weight_init": True,
     }  # fmt: skip
     if coupling == "fused":
-        modules["join"] = join = JoinFeatures(irreps_in)
-        modules["per_atom_energy_readout"] = readout = ScalarMLP(
-            hidden_layers_depth=1, field=AtomicDataDict.NODE_FEATURES_KEY, irreps_in=join.irreps_out,
+        both = sum(Irreps(irreps_in[k]).dim for k in (AtomicDataDict.NODE_FEATURES_KEY, LONG_FEATURES))
+        irreps = {**irreps_in, AtomicDataDict.NODE_FEATURES_KEY: Irreps(f"{both}x0e")}
+        readout = ScalarMLP(
+            hidden_layers_depth=1, field=AtomicDataDict.NODE_FEATURES_KEY, irreps_in=irreps,
             out_field=AtomicDataDict.PER_ATOM_ENERGY_KEY, **options,
         )  # fmt: skip
-        return readout
+        modules["fused_readout"] = fused = FusedReadout(readout, irreps_in)
+        return fused
     modules["per_atom_energy_readout"] = readout = ScalarMLP(
         hidden_layers_depth=0, field=AtomicDataDict.NODE_FEATURES_KEY, irreps_in=irreps_in,
         out_field=AtomicDataDict.PER_ATOM_ENERGY_KEY, **options,
@@ -220,5 +225,4 @@ def _readouts(modules: dict[str, Any], coupling: str, features: int, irreps_in: 
     with torch.no_grad():  # starts as a correction
         for parameter in far.parameters():
             parameter.mul_(0.1)
-    modules["add_long_energy"] = add = AddLongEnergy(far.irreps_out)
-    return add
+    return far

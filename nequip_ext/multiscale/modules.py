@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from e3nn.o3._irreps import Irreps
 from nequip.data import AtomicDataDict
-from nequip.nn import GraphModuleMixin
+from nequip.nn import GraphModuleMixin, scatter
 
-__all__ = ["LONG_ENERGY", "LONG_FEATURES", "AddLongEnergy", "AllEdges", "JoinFeatures", "ShortEdges"]
+from nequip_ext.upstream.nn import register_fields
+
+__all__ = [
+    "ENERGY_LONG", "ENERGY_SHORT", "LONG_ENERGY", "LONG_FEATURES", "AllEdges", "EnergyShares", "FusedReadout",
+    "ShareOfFrame", "ShortEdges",
+]  # fmt: skip
 
 LONG_FEATURES = "multiscale_long_features"
-LONG_ENERGY = "multiscale_long_energy"
+LONG_ENERGY = "multiscale_long_energy"  # of atoms, before scales and shifts
+ENERGY_SHORT, ENERGY_LONG = "energy_short", "energy_long"  # of frames, eV
+_ATOMS_LONG = "multiscale_atomic_energy_long"
+register_fields(graph_fields=[ENERGY_SHORT, ENERGY_LONG])
 _INDEX, _VECTORS, _LENGTHS = "multiscale_edge_index", "multiscale_edge_vectors", "multiscale_edge_lengths"
 _NORMED = "multiscale_normed_lengths"
 
@@ -79,36 +86,85 @@ def _drop_norm_factor(data: AtomicDataDict.Type) -> None:
         data.pop(AtomicDataDict.FEATURE_NORM_FACTOR_KEY)
 
 
-class JoinFeatures(GraphModuleMixin, torch.nn.Module):
-    """Scalars of both paths side by side, for a readout that sees both (coupling "fused")."""
+class FusedReadout(GraphModuleMixin, torch.nn.Module):
+    """One readout of the scalars of both paths (coupling "fused").
+
+    What it makes of the short path's alone counts as the short share, the rest as the long one.
+
+    Args:
+        readout: from node features (n, short + long) to atomic energies (n, 1).
+        irreps_in: fields of the previous module.
+    """
 
     _init_irreps: Any
 
-    def __init__(self, irreps_in: dict[str, Any]) -> None:
+    def __init__(self, readout: torch.nn.Module, irreps_in: dict[str, Any]) -> None:
         super().__init__()
-        sizes = [Irreps(irreps_in[k]).dim for k in (AtomicDataDict.NODE_FEATURES_KEY, LONG_FEATURES)]
+        self.per_atom_energy_readout = readout
         self._init_irreps(
-            irreps_in=irreps_in, irreps_out={AtomicDataDict.NODE_FEATURES_KEY: Irreps(f"{sum(sizes)}x0e")}
+            irreps_in=irreps_in, irreps_out={AtomicDataDict.PER_ATOM_ENERGY_KEY: "1x0e", LONG_ENERGY: "1x0e"}
         )
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
-        """Set node features (n, short + long)."""
-        joined = torch.cat((data[AtomicDataDict.NODE_FEATURES_KEY], data.pop(LONG_FEATURES)), 1)
-        data[AtomicDataDict.NODE_FEATURES_KEY] = joined
+        """Set the two shares (n, 1)."""
+        near, far = data[AtomicDataDict.NODE_FEATURES_KEY], data.pop(LONG_FEATURES)
+        shares = []
+        for features in (far, torch.zeros_like(far)):
+            data[AtomicDataDict.NODE_FEATURES_KEY] = torch.cat((near, features), 1)
+            data = self.per_atom_energy_readout(data)
+            shares.append(data[AtomicDataDict.PER_ATOM_ENERGY_KEY])
+        data[AtomicDataDict.NODE_FEATURES_KEY] = near
+        data[LONG_ENERGY] = shares[0] - shares[1]
         return data
 
 
-class AddLongEnergy(GraphModuleMixin, torch.nn.Module):
-    """Atomic energies: those of the short path plus those of the long one (coupling "sum")."""
+class EnergyShares(GraphModuleMixin, torch.nn.Module):
+    """Atomic energies of both paths, in eV; the isolated atoms' belong to the short one.
+
+    Args:
+        scale_shift: NequIP's per-type scales and shifts.
+        irreps_in: fields of the previous module.
+    """
+
+    _init_irreps: Any
+
+    def __init__(self, scale_shift: torch.nn.Module, irreps_in: dict[str, Any]) -> None:
+        super().__init__()
+        self.per_type_energy_scale_shift = scale_shift
+        self._init_irreps(
+            irreps_in=irreps_in, irreps_out={AtomicDataDict.PER_ATOM_ENERGY_KEY: "1x0e", _ATOMS_LONG: "1x0e"}
+        )
+
+    def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
+        """Set the atomic energies and their long shares (n, 1)."""
+        key, far = AtomicDataDict.PER_ATOM_ENERGY_KEY, data.pop(LONG_ENERGY)
+        if LONG_FEATURES in data:
+            data.pop(LONG_FEATURES)
+        near = data[key]
+        data = self.per_type_energy_scale_shift(data)
+        without = data[key]
+        data[key] = near + far
+        data = self.per_type_energy_scale_shift(data)
+        data[_ATOMS_LONG] = data[key] - without
+        return data
+
+
+class ShareOfFrame(GraphModuleMixin, torch.nn.Module):
+    """Energies of the two paths in every frame (frames, 1) in eV; a pair potential counts as short."""
 
     _init_irreps: Any
 
     def __init__(self, irreps_in: dict[str, Any]) -> None:
         super().__init__()
-        self._init_irreps(irreps_in=irreps_in, irreps_out={AtomicDataDict.PER_ATOM_ENERGY_KEY: "1x0e"})
+        self._init_irreps(irreps_in=irreps_in, irreps_out={ENERGY_SHORT: "1x0e", ENERGY_LONG: "1x0e"})
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
-        """Add (n, 1) to (n, 1)."""
-        data.pop(LONG_FEATURES)
-        data[AtomicDataDict.PER_ATOM_ENERGY_KEY] = data[AtomicDataDict.PER_ATOM_ENERGY_KEY] + data.pop(LONG_ENERGY)
+        """Set energy_short and energy_long; their sum is the total energy."""
+        far = data.pop(_ATOMS_LONG)
+        if AtomicDataDict.BATCH_KEY in data:
+            frames = AtomicDataDict.num_frames(data)
+            data[ENERGY_LONG] = scatter(far, data[AtomicDataDict.BATCH_KEY], dim=0, dim_size=frames, reduce="sum")
+        else:
+            data[ENERGY_LONG] = far.sum(dim=0, keepdim=True)
+        data[ENERGY_SHORT] = data[AtomicDataDict.TOTAL_ENERGY_KEY] - data[ENERGY_LONG]
         return data

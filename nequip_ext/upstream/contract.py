@@ -10,6 +10,7 @@ TESTED = "0.19.1"
 
 # module -> names that we import, patch nothing of, or tell layers by
 EXPECTED: dict[str, tuple[str, ...]] = {
+    "nequip.data._key_registry": ("register_fields",),
     "nequip.nn._ghost_exchange_base": ("NoOpGhostExchangeModule",),
     "nequip.model.energy_modules": ("_append_energy_modules",),
     "nequip.model.modify_utils": ("_ONLY_APPLY_PERSISTENT",),

@@ -54,8 +54,10 @@ def test_slabs_need_no_third_vector():
     assert only([slab], "1 frames are periodic and have no cell")[:2] == ("error", (0,))
 
 
-@pytest.mark.parametrize("state", [{"charge": 1}, {"spin": 3}, {"total_charge": 1}, {"total_spin": 3}])
-def test_another_charge_or_spin_is_another_frame(state):
+@pytest.mark.parametrize(
+    "state", [{"charge": 1}, {"spin": 3}, {"total_charge": 1}, {"total_spin": 3}, {"head": "wB97X"}]
+)
+def test_another_charge_spin_or_head_is_another_frame(state):
     frames = good()
     other = frames[7].copy()
     other.info["REF_energy"] += 8.0

@@ -14,6 +14,7 @@ from models import build_mace
 from test_multiscale_model import box, evaluate
 
 from mace_lora.multiscale import LongPath, to_multiscale
+from mace_lora.multiscale.pme import pme_calculator
 
 SHORT, LONG, COULOMB = 2.5, 5.0, 14.399645478425667
 pytestmark = pytest.mark.usefixtures("double")
@@ -244,3 +245,29 @@ def test_bad_input():
         to_multiscale(build_mace(r_max=SHORT), LONG, long_range="ewald")
     with pytest.raises(ValueError, match=r"pme_smearing: expected a length above 0 and at most 1.25 Å"):
         build(pme_smearing=3.0)
+
+
+def test_the_mesh_is_not_felt():
+    """Energy and forces do not jump where an atom comes nearer to another mesh point, nor where the mesh changes."""
+    torch.manual_seed(0)
+    coulomb, side = pme_calculator(6.0, 1.0).double(), 14.0  # 32 mesh points, 64 from 16 Å on
+    places, charges = side * torch.rand(20, 3), 0.3 * torch.randn(20)
+    charges -= charges.mean()
+    none = torch.zeros((0, 2), dtype=torch.long), torch.zeros(0)
+
+    def at(x: float, scale: float = 1.0) -> tuple[float, float]:
+        moved = places.clone()
+        moved[0, 0] = x
+        moved = (scale * moved).requires_grad_(True)
+        potential = coulomb(charges[:, None], scale * side * torch.eye(3), moved, *none)
+        total = (charges * potential[:, 0]).sum()
+        return float(total.detach()), float(torch.autograd.grad(total, moved)[0][0, 0])
+
+    step = 1e-7
+    for halves in range(6):
+        (low, low_slope), (high, high_slope) = (at(halves * side / 64 + sign * step) for sign in (-1, 1))
+        assert high - low == pytest.approx(step * (low_slope + high_slope), abs=1e-9)
+        assert high_slope == pytest.approx(low_slope, abs=1e-5)
+    border = 16 / side
+    (low, _), (high, _) = (at(3.0, border * (1 + sign * 1e-7)) for sign in (-1, 1))
+    assert abs(high - low) < 1e-5 * len(charges)

@@ -79,6 +79,20 @@ def test_smooth_at_both_cutoffs(coupling, cutoff):
     assert abs(at(MODEL["r_max"] + 0.5)[1]) < 1e-12
 
 
+@pytest.mark.parametrize("coupling", ["sum", "fused"])
+def test_shares_of_the_two_paths(coupling):
+    """They add up; an atom that only the long path sees changes the long share alone, and lone atoms have none."""
+    model = build("multiscale", multiscale_coupling=coupling, per_type_energy_scales={"H": 2.0, "C": 3.0, "O": 0.5})
+    near, far = (model(pair(d)) for d in (MODEL["r_short"] + 0.5, MODEL["r_short"] + 1.0))
+    for out in (near, far):
+        torch.testing.assert_close(out["energy_short"] + out["energy_long"], out["total_energy"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(near["energy_short"], far["energy_short"], atol=1e-10, rtol=0)
+    assert (near["energy_long"] - far["energy_long"]).abs().item() > 1e-6
+    batch = AtomicDataDict.batched_from_list([pair(3.0), pair(3.4)])
+    out, single = model(batch), [model(pair(d)) for d in (3.0, 3.4)]
+    torch.testing.assert_close(out["energy_long"], torch.cat([o["energy_long"] for o in single]), atol=1e-10, rtol=0)
+
+
 def test_short_path_sees_short_edges_only():
     model, seen = build("multiscale"), {}
     for name in ("layer0_convnet", "long_layer0_convnet"):
