@@ -1,4 +1,4 @@
-"""Electrostatics beyond the long cutoff: learned charges and a particle-mesh Ewald sum (torch-pme)."""
+"""Electrostatics beyond the long cutoff: learned charges and an Ewald sum on a mesh (torch-pme)."""
 
 from __future__ import annotations
 
@@ -147,16 +147,19 @@ class MultiScaleMACEPME(MultiScaleMACE):
             strain = 0.5 * (displacement + displacement.transpose(-1, -2))
             cells = cells + torch.matmul(cells, strain)
         owner = batch[edges[0]]
+        # torch cannot differentiate a float32 determinant while float64 is the default
+        dtype = torch.promote_types(charges.dtype, torch.get_default_dtype())
+        positions, apart = data["positions"].to(dtype), lengths.reshape(-1).to(dtype)
         out = []
         for graph, cell in enumerate(cells):
             mine, pairs = batch == graph, owner == graph
             first = int(torch.nonzero(mine)[0])
-            q = charges[mine]
+            q = charges[mine].to(dtype)
             potential = self.coulomb(
-                q[:, None], cell, data["positions"][mine], (edges[:, pairs] - first).T, lengths[pairs].reshape(-1)
+                q[:, None], cell.to(dtype), positions[mine], (edges[:, pairs] - first).T, apart[pairs]
             )
             out.append(q * potential[:, 0])
-        return torch.cat(out)
+        return torch.cat(out).to(charges.dtype)
 
 
 def pme_calculator(r_max: float, smearing: float) -> Any:
@@ -170,7 +173,7 @@ def pme_calculator(r_max: float, smearing: float) -> Any:
         ValueError: torch-pme is not installed, or the smearing does not fit the cutoff.
     """
     try:
-        from torchpme import PMECalculator
+        from torchpme import P3MCalculator
         from torchpme.prefactors import eV_A
     except ImportError as err:
         raise ValueError("long_range pme: it needs torch-pme: pip install torch-pme") from err
@@ -179,7 +182,31 @@ def pme_calculator(r_max: float, smearing: float) -> Any:
             f"pme_smearing: expected a length above 0 and at most {r_max / 4:g} Å, a quarter of r_max, got {smearing:g}"
         )
     potential = _potential_class()(smearing=smearing, exclusion_radius=r_max, prefactor=eV_A)
-    return PMECalculator(potential, mesh_spacing=smearing / 2, interpolation_nodes=5, full_neighbor_list=True)
+    # P3M's B-splines are smooth where an atom comes nearer to another mesh point; PME's polynomials of 5 nodes jump
+    calculator = P3MCalculator(potential, mesh_spacing=smearing / 2, interpolation_nodes=5, full_neighbor_list=True)
+    one, points = torch.eye(3), torch.ones(3, dtype=torch.int64)  # until the first frame
+    calculator.kspace_filter = _filter_class()(
+        one, points, 5, potential, fft_norm="backward", ifft_norm="forward", mode=0
+    )
+    return calculator
+
+
+@functools.cache
+def _filter_class() -> Any:
+    """P3M's influence function for cells of any shape."""
+    from torchpme.lib.kspace_filter import P3MKSpaceFilter
+
+    class AnyCell(P3MKSpaceFilter):  # type: ignore[misc, unused-ignore]
+        """torch-pme takes the Cartesian components of k for those along the cell's vectors: right for boxes only."""
+
+        def _compute_influence(self, kvectors: torch.Tensor) -> torch.Tensor:
+            """1 / U(k)² of the charge assignment (nx, ny, nz/2+1), with k·a_i / n_i along vector i."""
+            along = torch.matmul(kvectors, self.cell.T) / self.ns_mesh
+            assigned = self._charge_assignment(along)
+            inverse: torch.Tensor = torch.where(assigned == 0, 0.0, 1 / torch.where(assigned == 0, 1.0, assigned))
+            return inverse
+
+    return AnyCell
 
 
 @functools.cache

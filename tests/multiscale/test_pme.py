@@ -1,5 +1,7 @@
 """Learned charges and their Coulomb energy beyond the long cutoff."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,17 @@ def test_forces_stress_and_smoothness():
         assert stress[component] == pytest.approx(expected, abs=1e-6)
 
 
+def test_float32_while_float64_is_the_default():
+    model, atoms = build(), box()
+    values = {}
+    for dtype in ("float64", "float32"):
+        atoms.calc = MACECalculator(models=[copy.deepcopy(model)], device="cpu", default_dtype=dtype)
+        torch.set_default_dtype(torch.float64)  # as a script may have done
+        values[dtype] = (atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress())
+    for exact, rounded in zip(*values.values(), strict=True):
+        np.testing.assert_allclose(rounded, exact, atol=2e-5)
+
+
 def test_separated_dipoles_where_a_cutoff_must_fail():
     """Two polar molecules beyond r_max: their learned charges attract as two dipoles do."""
     side, bond = 26.0, 2.4
@@ -247,27 +260,30 @@ def test_bad_input():
         build(pme_smearing=3.0)
 
 
-def test_the_mesh_is_not_felt():
-    """Energy and forces do not jump where an atom comes nearer to another mesh point, nor where the mesh changes."""
+@pytest.mark.parametrize("skew", [0.0, 0.4])
+def test_the_mesh_is_not_felt(skew):
+    """No jumps where an atom comes nearer to another mesh point or the mesh changes; no net force."""
     torch.manual_seed(0)
-    coulomb, side = pme_calculator(6.0, 1.0).double(), 14.0  # 32 mesh points, 64 from 16 Å on
+    coulomb, side = pme_calculator(6.0, 1.0).double(), 14.0  # 64 mesh points up to 15.75 Å, then 128
+    cell = side * torch.tensor([[1.0, 0, 0], [skew, (1 - skew**2) ** 0.5, 0], [0, 0, 1.0]])
     places, charges = side * torch.rand(20, 3), 0.3 * torch.randn(20)
     charges -= charges.mean()
     none = torch.zeros((0, 2), dtype=torch.long), torch.zeros(0)
 
-    def at(x: float, scale: float = 1.0) -> tuple[float, float]:
+    def at(x: float, scale: float = 1.0) -> tuple[float, torch.Tensor]:
         moved = places.clone()
-        moved[0, 0] = x
+        moved[0] = x / side * cell[0]
         moved = (scale * moved).requires_grad_(True)
-        potential = coulomb(charges[:, None], scale * side * torch.eye(3), moved, *none)
+        potential = coulomb(charges[:, None], scale * cell, moved, *none)
         total = (charges * potential[:, 0]).sum()
-        return float(total.detach()), float(torch.autograd.grad(total, moved)[0][0, 0])
+        return float(total.detach()), torch.autograd.grad(total, moved)[0]
 
     step = 1e-7
-    for halves in range(6):
-        (low, low_slope), (high, high_slope) = (at(halves * side / 64 + sign * step) for sign in (-1, 1))
-        assert high - low == pytest.approx(step * (low_slope + high_slope), abs=1e-9)
-        assert high_slope == pytest.approx(low_slope, abs=1e-5)
-    border = 16 / side
-    (low, _), (high, _) = (at(3.0, border * (1 + sign * 1e-7)) for sign in (-1, 1))
-    assert abs(high - low) < 1e-5 * len(charges)
+    for odd in (1, 3, 5):
+        (low, low_slope), (high, high_slope) = (at(odd * side / 128 + sign * step) for sign in (-1, 1))
+        assert high - low == pytest.approx(step * float(low_slope[0, 0] + high_slope[0, 0]), abs=1e-10)
+        torch.testing.assert_close(high_slope, low_slope, atol=2e-6, rtol=0)
+        assert high_slope.sum(0).abs().max() < 2e-5
+    border = 15.75 / side
+    (low, _), (high, _) = (at(3.0, border * (1 + sign * 1e-8)) for sign in (-1, 1))
+    assert abs(high - low) < 2e-6 * len(charges)
