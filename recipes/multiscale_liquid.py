@@ -110,11 +110,7 @@ def train_nequip(folder: Path, work: Path, model: str, data: str, sizes: dict[st
     if not (work / "done").is_file():
         print(f"training {model} on {data}", flush=True)
         config = yaml.safe_load((ROOT / "recipes" / "configs" / "nequip_multiscale.yaml").read_text())
-        count = len(ase.io.read(folder / f"{data}.xyz", ":"))
-        held = len(ase.io.read(folder / "valid.xyz", ":"))
-        both = [*ase.io.read(folder / f"{data}.xyz", ":"), *ase.io.read(folder / "valid.xyz", ":")]
         work.mkdir(exist_ok=True)
-        write(work / "frames.xyz", both)
         network = config["training_module"]["model"]
         width = int(sizes["hidden"].split("x")[0])
         network |= {"num_features": width, "num_layers": 2, "type_names": ["C", "N", "F"]}
@@ -127,9 +123,13 @@ def train_nequip(folder: Path, work: Path, model: str, data: str, sizes: dict[st
         else:
             network["r_short"] = SHORT
         config["training_module"]["model"] = network
-        config |= {"types": ["C", "N", "F"], "frames": str((work / "frames.xyz").resolve()), "r_max": LONG}
+        config |= {"types": ["C", "N", "F"], "r_max": LONG, "run": ["train"]}
         config |= {"folder": str(work.resolve()), "epochs": sizes["epochs"], "batch_size": 4}
-        config["data"]["split_dataset"] = {"train": count, "val": held - held // 2, "test": held // 2}
+        files = {"train": data, "val": "valid", "test": "test"}
+        config["data"] |= {f"{part}_file_path": str((folder / f"{f}.xyz").resolve()) for part, f in files.items()}
+        config["data"]["split_dataset"] = []
+        # the schedule of the MACE rows: to a twentieth at the end
+        config["training_module"]["lr_scheduler"] = {"scheduler": {"gamma": 0.05 ** (1 / sizes["epochs"])}}
         (work / "configs").mkdir(exist_ok=True)
         write_text(work / "configs" / "run.yaml", yaml.safe_dump(config, sort_keys=False))
         shared = (ROOT / "recipes" / "configs" / "nequip_data.yaml").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,12 +99,24 @@ def _matching_base(model: nn.Module, saved: AdapterFile, path: Path) -> nn.Modul
                     f"adapter {path}: the model is the adapter's foundation, has adapters {adapter_names(model)} "
                     "already and would have to be prepared anew; load this adapter first, or on the prepared base"
                 )
-            return prepare_base(source, saved.metadata)
+            prepared = prepare_base(source, saved.metadata)
+            _check_long_path(prepared, saved, path)
+            return prepared
     raise ValueError(
         f"adapter {path}: it was trained on another base model: expected fingerprint {expected}"
         + (f" (or its foundation model {foundation})" if foundation else "")
         + f", got {got}; load the base named in the adapter's README.md"
     )
+
+
+def _check_long_path(model: Any, saved: AdapterFile, path: Path) -> None:
+    """The adapter holds what training added to the first weights of a new long path."""
+    expected = saved.metadata.get("multiscale", {}).get("fingerprint")
+    if expected is not None and fingerprint(model.long) != expected:
+        raise ValueError(
+            f"adapter {path}: the new long path beside its base could not be made again (expected fingerprint "
+            f"{expected}, got {fingerprint(model.long)}); another version of torch? Use the merged .model file"
+        )
 
 
 @torch.no_grad()

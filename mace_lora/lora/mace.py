@@ -279,12 +279,16 @@ def _check_start(run: Run, saved: Mapping[str, Any], model: nn.Module) -> None:
 def _metadata(run: Run, model: nn.Module) -> dict[str, Any]:
     """Provenance for ``adapter_config.json``."""
     assert run.foundation is not None
-    return base_model.describe_base(model) | {
-        "base_model": str(run.args.foundation_model),
-        "base_fingerprint": fingerprint(model),
-        "foundation_fingerprint": fingerprint(run.foundation),
-        "foundation_head": run.args.foundation_head,
-        "run": run.tag,
-        "command": " ".join(sys.argv),
-        "data": run.state["lora_data"],
-    }
+    return (
+        base_model.describe_base(model)
+        | {
+            "base_model": str(run.args.foundation_model),
+            "base_fingerprint": fingerprint(model),
+            "foundation_fingerprint": fingerprint(run.foundation),
+            "foundation_head": run.args.foundation_head,
+            "run": run.tag,
+            "command": " ".join(sys.argv),
+            "data": run.state["lora_data"],
+        }
+        | run.state.get("base_recipe", {})
+    )

@@ -79,7 +79,8 @@ def prepare_base(foundation: nn.Module, metadata: Mapping[str, Any]) -> nn.Modul
 
     Args:
         foundation: the foundation model; not changed.
-        metadata: elements, heads, E0s (eV) and dtype as :func:`describe_base` gives them.
+        metadata: elements, heads, E0s (eV) and dtype as :func:`describe_base` gives them; ``multiscale``: of the new
+            long path beside it, as ``--model=MultiScaleMACE`` made it.
 
     Returns:
         a new model with the chosen elements, heads and energy references.
@@ -116,6 +117,11 @@ def prepare_base(foundation: nn.Module, metadata: Mapping[str, Any]) -> nn.Modul
             buffer = model.atomic_energies_fn.atomic_energies
             buffer.copy_(torch.tensor(energies, dtype=buffer.dtype).reshape(buffer.shape))
     prepared: nn.Module = model
+    if "multiscale" in metadata:
+        from mace_lora.multiscale.build import LongPath, to_multiscale
+
+        recipe = {k: v for k, v in metadata["multiscale"].items() if k != "fingerprint"}
+        return to_multiscale(prepared, sizes=LongPath(**recipe.pop("sizes")), **recipe)  # type: ignore[arg-type]
     return prepared
 
 

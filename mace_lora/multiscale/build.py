@@ -81,7 +81,7 @@ def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_nei
     first = interaction_classes.get(_WITHOUT_RESIDUAL.get(first.__name__, ""), first)
     heads = list(short.heads)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(next(short.parameters()).dtype)
+    torch.set_default_dtype(torch.float64)  # random numbers of one seed depend on their precision
     try:
         return ScaleShiftMACE(
             r_max=r_max, num_bessel=sizes.num_radial_basis_long,
@@ -93,7 +93,7 @@ def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_nei
             correlation=sizes.correlation_long, radial_MLP=[sizes.radial_hidden_long] * bool(sizes.radial_hidden_long),
             heads=heads, atomic_inter_scale=1.0, atomic_inter_shift=0.0, apply_cutoff=short.apply_cutoff,
             use_last_readout_only=len(short.readouts) == 1 and len(short.interactions) > 1, **nonlinear,
-        )  # fmt: skip
+        ).to(next(short.parameters()).dtype)  # fmt: skip
     finally:
         torch.set_default_dtype(before)
 
@@ -101,7 +101,7 @@ def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_nei
 def to_multiscale(
     short: ScaleShiftMACE, r_max: float, sizes: LongPath | None = None, *, coupling: str = "sum",
     avg_num_neighbors: float | None = None, zero: bool = True, long_range: str = "none",
-    pme_smearing: float | None = None,
+    pme_smearing: float | None = None, seed: int | None = None,
 ) -> MultiScaleMACE:  # fmt: skip
     """Put a long path beside a MACE, which keeps its weights and becomes the short path.
 
@@ -115,10 +115,18 @@ def to_multiscale(
             ``pme``: nearly so, since charges of zero would never grow).
         long_range: "none", or "pme" for learned charges and their Coulomb energy beyond r_max.
         pme_smearing: Å, see :class:`mace_lora.multiscale.pme.MultiScaleMACEPME`.
+        seed: of the long path's first weights; default torch's generator as it is. The same seed gives the same path.
 
     Raises:
         ValueError: a cutoff or size that does not fit.
     """
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return to_multiscale(
+                short, r_max, sizes, coupling=coupling, avg_num_neighbors=avg_num_neighbors, zero=zero,
+                long_range=long_range, pme_smearing=pme_smearing,
+            )  # fmt: skip
     r_short = float(short.r_max)
     if not r_max > 0:
         raise ValueError(f"r_max: expected a length > 0 in Å, got {r_max}")

@@ -100,6 +100,11 @@ def check_against_multiscale(model: Any, given: list[str], args: argparse.Namesp
             f"--foundation_model: it is a {MODEL} with the heads {', '.join(model.heads)}; upstream takes heads apart "
             "of stock models only; train a model with one head"
         )
+    if model.fused and args.multiheads_finetuning and args.pt_train_file is not None:
+        raise SettingsError(
+            "--multiheads_finetuning: the foundation's coupling is fused, and heads are added to a foundation with "
+            "coupling sum only; leave the flag out"
+        )
     wrong = [f for f in given if f not in ("multiscale_freeze_short", "r_short")]
     if wrong:
         raise SettingsError(f"--{wrong[0]}: the foundation model is a {MODEL} and brings its own; leave the flag out")

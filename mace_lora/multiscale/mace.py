@@ -96,6 +96,8 @@ class MultiscalePlugin(TrainPlugin):
             check_against_multiscale(known, given, args)
             run.state["r_long"], run.state["multiscale_foundation"] = float(known.r_max), True
         else:
+            if isinstance(args.r_max, Default):
+                raise SettingsError(f"--r_max: --model={MODEL} needs the long cutoff in Å, larger than the short one")
             if short is None and args.foundation_model is None:
                 raise SettingsError(f"--r_short: --model={MODEL} needs the short cutoff in Å, smaller than --r_max")
             run.state["r_long"] = float(args.r_max)
@@ -136,6 +138,8 @@ class MultiscalePlugin(TrainPlugin):
             logging.info("equitune: average number of neighbors within r_short: %g", args.avg_num_neighbors)
 
     def after_model(self, run: Run, model: nn.Module) -> nn.Module:
+        from mace_lora.lora.fingerprint import fingerprint
+
         from .build import to_multiscale
         from .rebuild import attach_long
 
@@ -149,15 +153,19 @@ class MultiscalePlugin(TrainPlugin):
                 if hasattr(built, "charges") and args.lora_dense != "none":
                     run.state["train_in_full"] = ("charges",)  # LoRA has nothing to adapt in them
             else:
-                built = to_multiscale(
-                    model, long, run.state["long_path"], coupling=coupling,  # type: ignore[arg-type]
-                    avg_num_neighbors=run.state["avg_num_neighbors_long"]
-                    if run.foundation is None
-                    else _neighbours(run.train_dataset, long),
-                    zero=run.foundation is not None, long_range=args.long_range or "none",
-                    pme_smearing=args.pme_smearing,
-                )  # fmt: skip
-                run.state["train_in_full"] = ("long.", "charges") if run.foundation is not None else ()
+                around = run.foundation is not None
+                recipe = {
+                    "r_max": long, "coupling": coupling, "long_range": args.long_range or "none",
+                    "pme_smearing": args.pme_smearing, "seed": args.seed if around else None,
+                    "avg_num_neighbors": _neighbours(run.train_dataset, long)
+                    if around
+                    else run.state["avg_num_neighbors_long"],
+                }  # fmt: skip
+                built = to_multiscale(model, sizes=run.state["long_path"], zero=around, **recipe)  # type: ignore[arg-type]
+                if around:
+                    run.state["train_in_full"] = ("long.", "charges")
+                    recipe |= {"sizes": asdict(run.state["long_path"]), "fingerprint": fingerprint(built.long)}
+                    run.state["base_recipe"] = {"multiscale": recipe}  # for adapters
         except ValueError as err:
             raise SettingsError(f"--model={MODEL}: {err}") from err
         run.state["multiscale"] = _settings(run, built)
@@ -200,7 +208,8 @@ def _settings(run: Run, model: Any) -> dict[str, Any]:
     return {
         "r_short": round(float(model.r_short), 4), "r_max": round(float(model.r_max), 4),
         "multiscale_coupling": model.coupling, "long_range": "pme" if pme else "none",
-        "pme_smearing": round(model.smearing, 4) if pme else None, **sizes,
+        "pme_smearing": round(model.smearing, 4) if pme else None,
+        "multiscale_freeze_short": bool(run.args.multiscale_freeze_short), **sizes,
     }  # fmt: skip
 
 

@@ -40,16 +40,16 @@ def attach_long(short: Any, source: Any, elements: Sequence[int]) -> MultiScaleM
         elements: atomic numbers, a subset of the source's.
 
     Raises:
-        ValueError: other heads than the source's.
+        ValueError: other heads than the source's, beyond copies of its only head.
     """
     from mace.tools.finetuning_utils import load_foundations_elements
     from mace.tools.scripts_utils import extract_config_mace_model
     from mace.tools.utils import AtomicNumberTable
 
-    if list(short.heads) != list(source.heads) and max(len(short.heads), len(source.heads)) > 1:
+    if list(short.heads) != list(source.heads) and (len(source.heads) > 1 or (source.fused and len(short.heads) > 1)):
         raise ValueError(
             f"heads: expected those of the multiscale foundation ({', '.join(source.heads)}), got "
-            f"{', '.join(short.heads)}; multi-head fine-tuning of a multiscale model is not supported"
+            f"{', '.join(short.heads)}; heads are added to a foundation with one head and coupling sum only"
         )
     dtype = next(short.parameters()).dtype
     before = torch.get_default_dtype()

@@ -1,5 +1,6 @@
 """mace_run_train --model=MultiScaleMACE: from scratch, around a foundation, with LoRA, restarted; bad input."""
 
+import json
 import re
 
 import ase
@@ -7,7 +8,8 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from helpers import BIN, flags, launch, train
+from helpers import BIN, base_frames, flags, launch, train
+from mace.calculators import MACECalculator
 
 SCRATCH = {
     "foundation_model": None, "lora": None, "lora_rank": None, "multiheads_finetuning": None,
@@ -23,8 +25,6 @@ def load(work, name="run"):
 
 
 def forces(model, frames):
-    from mace.calculators import MACECalculator
-
     calculator = MACECalculator(models=[model], device="cpu", default_dtype="float64")
     out = []
     for atoms in frames:
@@ -142,12 +142,28 @@ def test_around_a_foundation(job, tmp_path, coupling):
 
 
 def test_lora_around_a_foundation_and_on_a_multiscale_base(job, tmp_path):
+    from mace_lora.lora.calculator import load_calculator
+
     work = tmp_path / "first"
     done = train(job, work, **AROUND | {"lora": True, "lora_rank": 2, "default_dtype": "float64", "lr": 0.01})
     assert "writing the adapter" in done.stdout
     model = load(work)
     assert type(model).__name__ == "MultiScaleMACE"
     assert not [n for n, _ in model.named_modules() if "base_layer" in n]
+    frames = ase.io.read(job / "test.xyz", ":")
+    adapter = work / "run-adapter"
+    for base in (job / "base.model", "embedded"):  # the adapter brings the recipe of its long path
+        calculator = load_calculator(base, adapter, default_dtype="float64")
+        for atoms, (energy, force) in zip(frames, forces(model, frames), strict=True):
+            atoms = atoms.copy()
+            atoms.calc = calculator
+            assert atoms.get_potential_energy() == pytest.approx(energy, abs=1e-5)
+            np.testing.assert_allclose(atoms.get_forces(), force, atol=1e-5)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["equitune"]["metadata"]["multiscale"]["seed"] += 1
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the new long path beside its base could not be made again"):
+        load_calculator(job / "base.model", adapter)
     options = {
         "foundation_model": work / "run.model", "model": "MultiScaleMACE", "lora_rank": 2, "default_dtype": "float64",
         "lr": 0.01, "restart_latest": True,
@@ -155,18 +171,13 @@ def test_lora_around_a_foundation_and_on_a_multiscale_base(job, tmp_path):
     train(job, tmp_path / "second", **options | {"max_num_epochs": 1})
     done = train(job, tmp_path / "second", **options | {"max_num_epochs": 3})
     assert "Loading checkpoint" in done.stdout
-    frames = ase.io.read(job / "test.xyz", ":")
     merged = load(tmp_path / "second")
-    from mace_lora import load_adapter
-    from mace_lora.lora.calculator import load_calculator
-
     calculator = load_calculator(work / "run.model", tmp_path / "second" / "run-adapter", default_dtype="float64")
     for atoms, (energy, force) in zip(frames, forces(merged, frames), strict=True):
         atoms = atoms.copy()
         atoms.calc = calculator
         assert atoms.get_potential_energy() == pytest.approx(energy, abs=1e-5)
         np.testing.assert_allclose(atoms.get_forces(), force, atol=1e-5)
-    assert load_adapter is not None
 
 
 @pytest.mark.parametrize(
@@ -177,6 +188,8 @@ def test_lora_around_a_foundation_and_on_a_multiscale_base(job, tmp_path):
         (SCRATCH | {"r_max": "nan"}, "--r_max: expected the long cutoff, a finite length > 0 in Å, got nan"),
         (SCRATCH | {"r_max": "inf"}, "--r_max: expected the long cutoff, a finite length > 0 in Å, got inf"),
         (SCRATCH | {"r_short": "nan"}, "--r_short: expected a length > 0 in Å, got nan"),
+        (SCRATCH | {"r_max": None}, "--r_max: --model=MultiScaleMACE needs the long cutoff in Å"),
+        (AROUND | {"r_max": None}, "--r_max: --model=MultiScaleMACE needs the long cutoff in Å"),
         (SCRATCH | {"r_short": None}, "--r_short: --model=MultiScaleMACE needs the short cutoff"),
         (SCRATCH | {"num_channels_long": -3}, "--num_channels_long: expected a whole number of at least 1, got -3"),
         (SCRATCH | {"enable_cueq": "True"}, "--enable_cueq/--enable_oeq/--only_cueq: upstream converts MACE"),
@@ -197,6 +210,37 @@ def test_bad_input(job, tmp_path, changes, message):
     assert done.returncode != 0
     assert re.search(message, " ".join(done.stdout.split())), done.stdout[-1500:]
     assert "Epoch 0" not in done.stdout
+
+
+def test_replay_on_a_multiscale_base(job, tmp_path):
+    """Every head starts as the base; with coupling fused heads cannot be added."""
+    frames = ase.io.read(job / "test.xyz", ":")
+    known = [f for f in base_frames("replay", 60) if set(f.numbers) <= {1, 6, 7, 8}]
+    ase.io.write(tmp_path / "replay.xyz", known[:20], format="extxyz")
+    replay = {"multiheads_finetuning": "True", "pt_train_file": tmp_path / "replay.xyz"}
+    replay |= {"pt_valid_file": tmp_path / "replay.xyz", "max_num_epochs": 1, "lr": 1e-30, "default_dtype": "float64"}
+    replay |= {"force_mh_ft_lr": "True"}  # upstream trains with its own learning rate otherwise
+    for coupling in ("sum", "fused"):
+        work = tmp_path / coupling
+        around = AROUND | {"multiscale_coupling": coupling, "max_num_epochs": 1, "lr": 0.01}
+        train(job, work / "base", **around | {"default_dtype": "float64"})
+        base = work / "base" / "run.model"
+        again = {"foundation_model": base, "model": "MultiScaleMACE", "lora": None, "lora_rank": None}
+        done = train(job, work / "heads", check=False, **again | replay)
+        if coupling == "fused":
+            assert done.returncode != 0 and "--multiheads_finetuning: the foundation's coupling" in done.stdout
+            continue
+        assert done.returncode == 0, done.stdout[-1500:]
+        before, model = load(work / "base"), load(work / "heads")
+        assert sorted(model.heads) == ["Default", "pt_head"]
+        for head in model.heads:
+            for atoms in frames[:2]:
+                values = []
+                for each, name in ((before, "Default"), (model, head)):
+                    atoms = atoms.copy()
+                    atoms.calc = MACECalculator(models=[each], device="cpu", default_dtype="float64", head=name)
+                    values.append(atoms.get_forces())
+                np.testing.assert_allclose(values[1], values[0], atol=1e-6)
 
 
 def test_multiscale_foundation_needs_the_flag(job, tmp_path):
