@@ -64,6 +64,9 @@ def run(context: typer.Context, command: str) -> None:
     """
     from mace_lora.mace_plugin.startup import install
 
+    if command in ("--help", "-h"):
+        typer.echo(context.get_help())
+        return
     install()
     found = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == command]
     sys.argv = [command, *context.args]
@@ -211,6 +214,10 @@ def merge(
 
     from mace_lora.mace_plugin.convert import save_model
 
+    if output.suffix != ".model":
+        raise ValueError(f"--output: expected a name that ends in .model, got {output}")
+    if output.resolve() == Path(base).resolve() or adapter.resolve() in output.resolve().parents:
+        raise ValueError(f"--output: {output} is the base, or in the adapter's folder; choose another name")
     model = model_from(base, adapter)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))

@@ -9,6 +9,7 @@ during a run; what changes with training (epoch, validation errors) is in the he
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -88,10 +89,19 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
         raise ValueError(
             f"adapter {folder}: expected 'equitune.{gone[0]}' in {CONFIG_FILE}, got none; restore the file"
         )
-    plan = tuple(ModulePlan(n, m["ranks"], tuple(m["dense"])) for n, m in own["modules"].items())
+    try:
+        plan = tuple(ModulePlan(n, dict(m["ranks"]), tuple(m["dense"])) for n, m in own["modules"].items())
+        scaling = {n: {b: float(m["scaling"][b]) for b in m["ranks"]} for n, m in own["modules"].items()}
+        config = LoraConfig.from_dict(own["config"])
+    except (KeyError, TypeError, AttributeError) as err:
+        raise ValueError(
+            f"adapter {folder}: {CONFIG_FILE} is incomplete ({type(err).__name__}: {err}); restore the file"
+        ) from err
     _check_keys(folder, plan, tensors)
-    scaling = {n: m["scaling"] for n, m in own["modules"].items()}
-    return AdapterFile(LoraConfig.from_dict(own["config"]), plan, scaling, tensors, own["metadata"], run)
+    unsound = [f"{n}, {b}: {v}" for n, row in scaling.items() for b, v in row.items() if not math.isfinite(v)]
+    if unsound:
+        raise ValueError(f"adapter {folder}: the scaling of {unsound[0]} is no number; the adapter is unusable")
+    return AdapterFile(config, plan, scaling, tensors, own["metadata"], run)
 
 
 def _check_keys(folder: Path, plan: tuple[ModulePlan, ...], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -68,6 +68,8 @@ def load_calculator(
             head or dtype, or an option that would drop the adapters.
         FileNotFoundError: no base or no adapter there.
     """
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: expected one that torch can use here, got {device!r} without CUDA; 'cpu' works")
     adapters = {"default": adapter} if isinstance(adapter, str | os.PathLike) else adapter
     model = load_with_adapters(base, adapters, default_dtype=default_dtype)
     for option in _REBUILDING:
@@ -219,10 +221,8 @@ def graph_of(model: Any, frames: Sequence[Atoms], head: str) -> dict[str, Any]:
 
     from mace_lora.mace_plugin.base_model import _default_dtype, elements
 
+    require_elements(model, frames)
     known = elements(model)
-    foreign = sorted({int(z) for atoms in frames for z in atoms.numbers} - set(known))
-    if foreign:
-        raise ValueError(f"frames: the model does not know the atomic numbers {foreign}, only {known}")
     # as MACECalculator does; upstream's own context manager would leave the dtype after an error
     keys = data.KeySpecification(info_keys={"total_spin": "spin", "total_charge": "charge"})
     with _default_dtype(next(model.parameters()).dtype):
@@ -230,6 +230,18 @@ def graph_of(model: Any, frames: Sequence[Atoms], head: str) -> dict[str, Any]:
         table, heads = AtomicNumberTable(known), list(getattr(model, "heads", None) or ["Default"])
         items = [data.AtomicData.from_config(c, z_table=table, cutoff=float(model.r_max), heads=heads) for c in configs]
     return like_model(model, torch_geometric.Batch.from_data_list(items).to_dict())
+
+
+def require_elements(model: Any, frames: Sequence[Atoms]) -> None:
+    """Refuse frames with elements that the model does not know.
+
+    Raises:
+        ValueError: such elements, by atomic number.
+    """
+    known = [int(z) for z in model.atomic_numbers]
+    foreign = sorted({int(z) for atoms in frames for z in atoms.numbers} - set(known))
+    if foreign:
+        raise ValueError(f"frames: the model does not know the atomic numbers {foreign}, only {known}")
 
 
 def like_model(model: nn.Module, graph: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,6 +305,16 @@ class _Switching:
                 yield self
             finally:
                 self._forget()
+
+    def calculate(self, atoms: Atoms | None = None, *args: Any, **kwargs: Any) -> None:
+        """As upstream's, with a message for an element that the model does not have.
+
+        Raises:
+            ValueError: such an element; adapters have the elements of their training frames only.
+        """
+        if atoms is not None:
+            require_elements(self.models[0], [atoms])
+        super().calculate(atoms, *args, **kwargs)  # type: ignore[misc]
 
     def _forget(self) -> None:
         self.reset()  # type: ignore[attr-defined]

@@ -45,7 +45,10 @@ def diff(
                 f"--head: the base has heads {', '.join(before.heads)}; name the one that training began with"
             )
         before = chosen
-    changes = diff_models(prepare_base(before, describe_base(after)), after)
+    wanted_now = describe_base(after)
+    theirs = next(iter(describe_base(before)["E0s"].values()))  # as given: other E0s are a change too
+    energies = {h: {z: theirs.get(z, e) for z, e in row.items()} for h, row in wanted_now["E0s"].items()}
+    changes = diff_models(prepare_base(before, wanted_now | {"E0s": energies}), after)
     if as_json:
         print_json([asdict(c) for c in changes])
         return

@@ -13,6 +13,10 @@ from .inject import candidates
 __all__ = ["Change", "diff_models"]
 
 
+# buffers that are part of the potential
+_REFERENCES = ("atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift")
+
+
 @dataclass(frozen=True)
 class Change:
     """Change of one weight block, or of one parameter that has no blocks.
@@ -69,6 +73,13 @@ def diff_models(base: nn.Module, tuned: nn.Module) -> list[Change]:
             change = (after[name].detach().to(value) - value.detach()).double()
             relative = float(change.norm() / value.detach().double().norm().clamp_min(1e-30))
             rows.append(Change(name, "", tuple(value.shape), relative, None, None))
+    buffers = [dict(m.named_buffers()) for m in (base, tuned)]
+    for name in _REFERENCES:
+        if name in buffers[0] and name in buffers[1]:
+            old, new = (torch.atleast_1d(b[name].double()) for b in buffers)
+            if old.shape == new.shape:
+                relative = float((new.to(old) - old).norm() / old.norm().clamp_min(1e-30))
+                rows.append(Change(name, "", tuple(old.shape), relative, None, None))
     return sorted(rows, key=lambda r: -r.relative)
 
 

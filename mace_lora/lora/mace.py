@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import numbers
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from .inject import ModulePlan, adapter_layers, apply_plan, merge_lora, plan_lor
 from .loading import load_tensors
 from .mace_args import config_from, refuse_conflicts, refuse_unused, resolve_defaults
 from .preflight import preflight
-from .saving import save_adapter
+from .saving import adapter_tensors, save_adapter
 
 __all__ = ["LoraPlugin"]
 
@@ -141,6 +142,8 @@ class LoraPlugin(TrainPlugin):
         except ValueError as err:
             raise SettingsError(f"--lora: {err}") from err
         preflight(run, model, ADAPTER, fresh=start is None)
+        if run.args.lora_refit_E0s and start is None and not run.args.restart_latest:
+            _refit(run, model)  # else the first epochs are spent, and judged, on a constant
         enable(model, KERNELS)
         return model
 
@@ -161,12 +164,23 @@ class LoraPlugin(TrainPlugin):
                         torch.distributed.broadcast(update.data, 0)
 
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
-        suffix = "_stagetwo-adapter" if stage_two else "-adapter"
-        folder = Path(run.args.model_dir) / f"{run.args.name}{suffix}"
+        bad = [k for k, v in adapter_tensors(model, ADAPTER).items() if not bool(torch.isfinite(v).all())]
+        if bad:  # before the checkpoint is written: the last one is sound
+            raise SettingsError(
+                f"--lora: the adapter contains NaN or infinity in {bad[0]}: the training has diverged; the last "
+                "checkpoint and adapter are unchanged; start again with a lower --lr and another --name"
+            )
         if run.args.lora_refit_E0s:
-            if "lora_fit_frames" not in run.state:
-                run.state["lora_fit_frames"] = spread(run.train_dataset, _FIT_FRAMES)
-            fit_references(model, ADAPTER, run.train_dataset, run.state["lora_fit_frames"])
+            _refit(run, model)
+        state = {"epoch": epoch, "validation_loss": run.last_valid_loss, **_valid_errors(run)}
+        return {
+            "config": run.state["lora_config"].to_dict(), "refit_E0s": run.args.lora_refit_E0s, "state": state,
+            "stage_two": stage_two, "lr": run.args.lr, "weight_decay": run.args.lora_weight_decay,
+        }  # fmt: skip
+
+    def after_checkpoint(self, run: Run, model: nn.Module, stored: Mapping[str, Any]) -> None:
+        """Write the adapter: after the checkpoint, so that it is never ahead of what a restart goes on from."""
+        folder = _folder(run, stored["stage_two"])
         try:
             save_adapter(
                 model,
@@ -174,10 +188,8 @@ class LoraPlugin(TrainPlugin):
                 adapter_name=ADAPTER,
                 config=run.state["lora_config"],
                 metadata=run.state["lora_metadata"],
-                run={"epoch": epoch, "validation_loss": run.last_valid_loss},
+                run=stored["state"],
             )
-        except ValueError as err:  # NaN: training has diverged
-            raise SettingsError(f"--lora: {err}; lower --lr, and restart with --restart_latest") from err
         except (OSError, SafetensorError) as err:
             raise SettingsError(
                 f"--model_dir: cannot write the adapter to {folder} ({err}); the last one is unchanged; free some "
@@ -186,15 +198,22 @@ class LoraPlugin(TrainPlugin):
         if not run.state.get("lora_announced"):
             run.state["lora_announced"] = True
             logging.info("equitune: writing the adapter to %s at every best epoch", folder)
-        return {"config": run.state["lora_config"].to_dict(), "refit_E0s": run.args.lora_refit_E0s}
 
     def after_restart(self, run: Run, model: nn.Module) -> None:
         assert run.restored is not None
-        saved, now = run.restored["plugins"]["lora"]["config"], run.state["lora_config"].to_dict()
+        stored = run.restored["plugins"]["lora"]
+        saved, now = stored["config"], run.state["lora_config"].to_dict()
         changed = [f"{k}: {saved.get(k)!r} before, {v!r} now" for k, v in now.items() if saved.get(k) != v]
-        refit = run.restored["plugins"]["lora"].get("refit_E0s", run.args.lora_refit_E0s)
-        if refit != run.args.lora_refit_E0s:
-            changed.append(f"refit_E0s: {refit} before, {run.args.lora_refit_E0s} now")
+        args = run.args
+        for key, value in (("refit_E0s", args.lora_refit_E0s), ("weight_decay", args.lora_weight_decay)):
+            if stored.get(key, value) != value:
+                changed.append(f"{key}: {stored[key]} before, {value} now")
+        if stored.get("lr", args.lr) != args.lr:
+            raise SettingsError(
+                f"--lr: expected {stored['lr']:g} as in the checkpoint that is continued, whose optimiser state holds "
+                f"it, got {args.lr:g}; give it again, or start anew with another --name (--lora_init_adapter goes on "
+                "from an adapter)"
+            )
         if changed:
             raise SettingsError(
                 f"--restart_latest: the --lora_* flags differ from the checkpoint's ({'; '.join(changed)}); give "
@@ -206,9 +225,41 @@ class LoraPlugin(TrainPlugin):
                 "--restart_latest: the checkpoint has another base model or other energy references than this command: "
                 f"expected fingerprint {expected}, got {got}; give the same --foundation_model and --E0s as before"
             )
+        if "state" in stored and not _is_current(_folder(run, stored["stage_two"]), stored["state"]):
+            self.after_checkpoint(run, model, stored)  # killed between the two files, or the disk was full
 
     def before_save(self, run: Run, model: nn.Module) -> nn.Module:
         return merge_lora(model)
+
+
+def _folder(run: Run, stage_two: bool) -> Path:
+    return Path(run.args.model_dir) / f"{run.args.name}{'_stagetwo' * stage_two}-adapter"
+
+
+def _is_current(folder: Path, state: Mapping[str, Any]) -> bool:
+    """Whether the adapter on disk is the checkpoint's."""
+    try:
+        return read_adapter(folder).run.get("validation_loss") == str(state["validation_loss"])
+    except (ValueError, FileNotFoundError):
+        return False
+
+
+def _refit(run: Run, model: nn.Module) -> None:
+    if "lora_fit_frames" not in run.state:
+        run.state["lora_fit_frames"] = spread(run.train_dataset, _FIT_FRAMES)
+    fit_references(model, ADAPTER, run.train_dataset, run.state["lora_fit_frames"])
+
+
+_ERRORS = {
+    "mae_e_per_atom": "eV/atom", "rmse_e_per_atom": "eV/atom", "mae_f": "eV/Å", "rmse_f": "eV/Å",
+    "mae_stress": "eV/Å³", "rmse_stress": "eV/Å³",
+}  # fmt: skip
+
+
+def _valid_errors(run: Run) -> dict[str, str]:
+    """Validation errors of the epoch as upstream computed them (before the energy references were refitted)."""
+    found = {name: run.state.get("valid_errors", {}).get(name) for name in _ERRORS}
+    return {f"validation_{k}": f"{float(v):.6g} {_ERRORS[k]}" for k, v in found.items() if isinstance(v, numbers.Real)}
 
 
 def _train_in_full(model: nn.Module, plan: list[ModulePlan], prefixes: tuple[str, ...]) -> list[ModulePlan]:
@@ -248,8 +299,7 @@ def _keep_references(run: Run, saved: Mapping[str, Any], model: nn.Module) -> No
 
 def _check_adapter_folder(run: Run) -> None:
     """A run of another seed has the same folder for its adapter, which must not be lost."""
-    for suffix in ("-adapter", "_stagetwo-adapter"):
-        folder = Path(run.args.model_dir) / f"{run.args.name}{suffix}"
+    for folder in (_folder(run, False), _folder(run, True)):
         try:
             theirs = read_adapter(folder).metadata.get("run")
         except (ValueError, FileNotFoundError):

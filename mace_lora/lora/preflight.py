@@ -58,8 +58,13 @@ def preflight(run: Run, model: nn.Module, adapter: str, fresh: bool) -> None:
         logging.info("equitune: identity at start: |dE| <= %.2e eV, |dF| <= %.2e eV/A", de, df)
         _require_equal(base, adapted, "the adapted model differs from its base before training")
     _dry_merge(model, adapter, batch)
-    _force_units(batch, adapted)
-    _energy_references(batch, adapted)
+    refit = bool(run.args.lora_refit_E0s)
+    for head, frames in evaluation.spread_by_head(run.train_dataset, _FRAMES).items():
+        batch = evaluation.batch_of(run.train_dataset, frames, next(model.parameters()).device)
+        predicted = evaluation.energy_forces(model, batch)
+        name = f" of head {run.heads[head]}" if len(run.heads) > 1 else ""
+        _force_units(batch, predicted, name)
+        _energy_references(batch, predicted, name, refit)
 
 
 def _largest(a: evaluation.Prediction, b: evaluation.Prediction) -> tuple[float, float]:
@@ -87,28 +92,28 @@ def _dry_merge(model: nn.Module, adapter: str, batch: evaluation.Batch) -> None:
     logging.info("equitune: dry-run merge: |dE| <= %.2e eV, |dF| <= %.2e eV/A", *_largest(unmerged, merged))
 
 
-def _force_units(batch: evaluation.Batch, predicted: evaluation.Prediction) -> None:
+def _force_units(batch: evaluation.Batch, predicted: evaluation.Prediction, head: str) -> None:
     """Labels that follow the base's forces at a scale no level of theory explains are in other units."""
     label, model = batch.forces.reshape(-1).double(), predicted.forces.reshape(-1).double()
     norms = float(label.norm() * model.norm())
     if not norms or not torch.isfinite(label).all():
         return
     correlation, slope = float(label @ model) / norms, float(label @ model) / float(model @ model)
-    logging.info("equitune: label against model forces: correlation %.3f, slope %.3g", correlation, slope)
+    logging.info("equitune: label against model forces%s: correlation %.3f, slope %.3g", head, correlation, slope)
     if correlation < -_UNIT_CORRELATION:
         raise SettingsError(
-            f"--train_file: force labels are opposite to the base model's forces (correlation {correlation:.2f}); "
-            "expected forces, these look like energy gradients; change their sign"
+            f"--train_file: force labels{head} are opposite to the base model's forces (correlation "
+            f"{correlation:.2f}); expected forces, these look like energy gradients; change their sign"
         )
     if correlation > _UNIT_CORRELATION and not 1 / _UNIT_SLOPE < slope < _UNIT_SLOPE:
         unit = min(_FORCE_UNITS, key=lambda u: abs(math.log(slope * _FORCE_UNITS[u])))
         raise SettingsError(
-            f"--train_file: force labels are {slope:.3g} times the base model's forces, correlation "
+            f"--train_file: force labels{head} are {slope:.3g} times the base model's forces, correlation "
             f"{correlation:.2f}; expected eV/A, these look like {unit}; convert forces and energies to eV/A and eV"
         )
 
 
-def _energy_references(batch: evaluation.Batch, predicted: evaluation.Prediction) -> None:
+def _energy_references(batch: evaluation.Batch, predicted: evaluation.Prediction, head: str, refit: bool) -> None:
     """Table of the mean energy residual before training; a large one means wrong E0s."""
     residual = (batch.energy - predicted.energy) / batch.atoms
     residual = residual[batch.labelled & torch.isfinite(residual)]
@@ -116,13 +121,16 @@ def _energy_references(batch: evaluation.Batch, predicted: evaluation.Prediction
         return
     mean, spread = float(residual.mean()), float(residual.std(unbiased=False))
     logging.info(
-        "equitune: energy reference check on %d frames: mean (label - model) %.4f eV/atom, spread %.4f eV/atom",
-        residual.numel(), mean, spread,
+        "equitune: energy reference check on %d frames%s: mean (label - model) %.4f eV/atom, spread %.4f eV/atom",
+        residual.numel(), head, mean, spread,
     )  # fmt: skip
     if abs(mean) > 1.0:
         logging.warning(
-            "equitune: labels and base model differ by %.2f eV/atom on average: the E0s do not fit the labels' level "
-            "of theory. Give isolated-atom energies of the labels' own method with --E0s (or IsolatedAtom frames), or "
-            "--E0s=estimated to fit them to the base model, or --E0s=average",
-            mean,
-        )
+            "equitune: labels%s and base model differ by %.2f eV/atom on average: %s", head, mean,
+            "--lora_refit_E0s takes that off at the start; if --E0s are not isolated-atom energies of the labels' own "
+            "method, give those, or --E0s=estimated"
+            if refit
+            else "the E0s do not fit the labels' level of theory. Give isolated-atom energies of the labels' own "
+            "method with --E0s (or IsolatedAtom frames), or --E0s=estimated to fit them to the base model, or "
+            "--E0s=average",
+        )  # fmt: skip

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from mace_lora.atomic import content_digest, write_text
 
 __all__ = ["Trial", "rungs", "tune"]
@@ -87,12 +89,39 @@ def _train(trial: Trial, epochs: int, arguments: Sequence[str], folder: Path) ->
     loss = best_validation_loss(folder)
     if status != 0:
         text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
-        if "NaN" not in text[-3000:]:
+        if "error: --lora: the adapter contains NaN" not in text[-3000:]:
             tail = text.splitlines()[-1:]
             raise ValueError(f"mace_run_train failed in {folder}: {tail[0] if tail else 'no output'} (see log.txt)")
         loss = math.inf  # diverged on the way
     write_text(done, json.dumps({"epochs": epochs, "loss": loss if math.isfinite(loss) else None}) + "\n")
     return Trial(trial.rank, trial.lr, epochs, loss)
+
+
+_OURS = (
+    "name", "work_dir", "checkpoints_dir", "model_dir", "results_dir", "log_dir", "downloads_dir", "max_num_epochs",
+    "lora_rank", "lr", "restart_latest",
+)  # fmt: skip
+_UNSUITABLE = {
+    "swa": "stage two would begin at another epoch of every trial", "lbfgs": "it has no learning rate",
+}  # fmt: skip
+_UNSUITABLE["stage_two"] = _UNSUITABLE["swa"]
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """The search sets some flags itself; given as well they would be overridden, or mix up the trials."""
+    given = [a.lstrip("-").partition("=")[0] for a in arguments if a.startswith("--")]
+    for position, argument in enumerate(arguments):
+        if argument.lstrip("-").partition("=")[0] != "config" or not argument.startswith("--"):
+            continue
+        file = argument.partition("=")[2] or (arguments[position + 1] if position + 1 < len(arguments) else "")
+        if Path(file).is_file():
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            given += [k for k, v in content.items() if v not in (None, False)] if isinstance(content, dict) else []
+    for name in given:
+        if name in _OURS:
+            raise ValueError(f"--{name}: the search sets it itself (--ranks, --lrs, --epochs, --folder); leave it out")
+        if name in _UNSUITABLE:
+            raise ValueError(f"--{name}: does not go with the search: {_UNSUITABLE[name]}; leave it out")
 
 
 def _check_search(arguments: Sequence[str], folder: Path) -> None:
@@ -132,10 +161,11 @@ def tune(
         all trials, the best first: those that trained longest, by validation loss.
 
     Raises:
-        ValueError: no values, or the command fails.
+        ValueError: no values, flags that the search sets itself or that do not go with it, or the command fails.
     """
     if not ranks or not lrs:
         raise ValueError("ranks, lrs: expected at least one value each")
+    _check_arguments(arguments)
     _check_search(arguments, folder)
     trials = [Trial(r, lr) for r in ranks for lr in lrs]
     alive = trials

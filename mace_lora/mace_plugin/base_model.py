@@ -196,7 +196,13 @@ def load_base(stem: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
             basis.bessel_weights = nn.Parameter(basis.bessel_weights)
         # models saved by older versions lack these marks; the constructor sets them
         state |= {k: v for k, v in model.state_dict().items() if k.endswith("_zeroed") and k not in state}
-        model.load_state_dict(state, strict=True)
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as err:
+            last = str(err).splitlines()[-1].strip()
+            raise ValueError(
+                f"{os.fspath(stem)}.json and .safetensors do not belong together ({last}); convert the model again"
+            ) from err
     loaded: nn.Module = model
     return loaded
 
@@ -227,6 +233,10 @@ def load_model(source: str | os.PathLike[str], dtype: torch.dtype | None = None)
         model = torch.load(path, map_location="cpu", weights_only=False)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, AttributeError, ImportError) as err:
         raise ValueError(f"{source} cannot be read as a MACE model ({type(err).__name__}: {err})") from err
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{source} is compiled for TorchScript, which holds no layers to read; give the .model file beside it"
+        )
     if not isinstance(model, nn.Module) or not hasattr(model, "atomic_numbers"):
         raise ValueError(f"{source} holds a {type(model).__name__}; expected a MACE model (a .model file)")
     return model if dtype is None else model.to(dtype)

@@ -21,9 +21,10 @@ from torch import nn
 
 from mace_lora.atomic import atomic_path
 
+from .distributed import RANKS
 from .protocol import Run, SettingsError
 
-__all__ = ["check_restart", "collect", "is_best", "lock", "resume", "write"]
+__all__ = ["check_restart", "collect", "is_best", "lock", "resume", "write", "write_model"]
 
 _held: list[Any] = []
 
@@ -77,6 +78,22 @@ def write(io: Any, checkpoint: dict[str, Any], epochs: int, keep_last: bool, sav
         Path(old).unlink(missing_ok=True)
 
 
+def write_model(content: Any, file: str | os.PathLike[str], save: Callable[..., None]) -> None:
+    """Write a model file completely, or leave the old one.
+
+    Raises:
+        SettingsError: the disk is full or not writable.
+    """
+    try:
+        with atomic_path(Path(file)) as temporary:
+            save(content, temporary)
+    except (OSError, RuntimeError) as err:  # torch reports a failed write as RuntimeError
+        raise SettingsError(
+            f"--model_dir: cannot write {file} ({err}); free some space, and give the same command with "
+            "--restart_latest: training is done"
+        ) from err
+
+
 @torch.no_grad()
 def resume(run: Run, model: nn.Module) -> None:
     """After ``--restart_latest``: give the EMA and the raw weights back what they had.
@@ -108,7 +125,9 @@ def resume(run: Run, model: nn.Module) -> None:
 
 
 def lock(run: Run) -> None:
-    """Keep other runs out of this run's checkpoints, and clear what a killed run left half-written.
+    """Keep other runs out of this run's files, and clear what a killed run left half-written.
+
+    Checkpoints have the seed in their names, the model and the adapter have not: two locks.
 
     The lock is the operating system's: it ends with the process, however that ends.
 
@@ -117,18 +136,19 @@ def lock(run: Run) -> None:
     """
     if run.args.distributed and _rank() != "0":
         return
-    run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    models = Path(run.args.model_dir)
     while _held:  # of an earlier run in this process
         _held.pop().release(force=True)
-    _held.append(FileLock(run.checkpoints_dir / f"{run.tag}.lock"))
-    try:
-        _held[-1].acquire(blocking=False)
-    except Timeout:
-        raise SettingsError(
-            f"--name {run.args.name}: another run is writing to {run.checkpoints_dir} now; wait for it to end, or "
-            "choose another --name or --work_dir"
-        ) from None
-    models = Path(run.args.model_dir)
+    for folder, file in ((run.checkpoints_dir, f"{run.tag}.lock"), (models, f".{run.args.name}.lock")):
+        folder.mkdir(parents=True, exist_ok=True)
+        _held.append(FileLock(folder / file))
+        try:
+            _held[-1].acquire(blocking=False)
+        except Timeout:
+            raise SettingsError(
+                f"--name {run.args.name}: another run is writing to {folder} now; wait for it to end, or choose "
+                "another --name or --work_dir (runs of several seeds need one each)"
+            ) from None
     leftovers = list(run.checkpoints_dir.glob(f".{glob.escape(run.tag)}_epoch-*.part"))
     for folder in (models / f"{run.args.name}-adapter", models / f"{run.args.name}_stagetwo-adapter"):
         leftovers += folder.glob(".*.part")
@@ -137,9 +157,8 @@ def lock(run: Run) -> None:
 
 
 def _rank() -> str:
-    """Number of this process, by torchrun, Slurm or MPI; upstream sets RANK later."""
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    return next((os.environ[n] for n in names if n in os.environ), "0")
+    """Number of this process, by torchrun, Slurm or MPI."""
+    return next((os.environ[n] for n in RANKS if n in os.environ), "0")
 
 
 def latest_checkpoint(run: Run) -> Path | None:

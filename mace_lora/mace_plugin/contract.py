@@ -62,6 +62,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "mace.tools.distributed_tools": {"init_distributed": ("args",)},
     "mace.tools.finetuning_utils": {"load_foundations_elements": ("model", "model_foundations", "table")},
+    "mace.cli.run_train": {"LBFGS": ("params",)},
     "mace.modules.lora": {"inject_LoRAs": ("model", "rank", "alpha"), "merge_lora_weights": ("model",)},
 }
 

@@ -11,7 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["prepare"]
+from .protocol import SettingsError
+
+__all__ = ["RANKS", "prepare"]
+
+RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # number of this process; upstream sets the first later
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -19,7 +23,15 @@ def prepare(args: argparse.Namespace) -> None:
 
     Does nothing unless the run is distributed on CPUs by torchrun. Upstream leaves an existing
     process group alone.
+
+    Raises:
+        SettingsError: no launcher started this process.
     """
+    if args.distributed and not any(name in os.environ for name in RANKS):
+        raise SettingsError(
+            "--distributed: expected one of several processes, started by torchrun, srun or mpirun, got a process on "
+            "its own; for example torchrun --no-python --nproc_per_node=2 mace_run_train …, or leave the flag out"
+        )
     if not args.distributed or args.device != "cpu" or "RANK" not in os.environ:
         return
     if not torch.distributed.is_initialized():

@@ -57,12 +57,14 @@ class EnergyTable:
     head: np.ndarray
 
 
-def batch_of(dataset: Any, frames: int, device: torch.device, max_atoms: int = _MAX_ATOMS) -> Batch:
-    """First frames of a dataset as one batch; leaves the training loader's random state alone.
+def batch_of(
+    dataset: Any, frames: int | Sequence[int], device: torch.device, max_atoms: int = _MAX_ATOMS
+) -> Batch:  # fmt: skip
+    """Frames of a dataset as one batch; leaves the training loader's random state alone.
 
     Args:
         dataset: upstream's graphs.
-        frames: how many at most.
+        frames: how many of the first at most, or which.
         device: where the batch goes.
         max_atoms: stop before this many atoms, so that large cells fit into memory.
     """
@@ -70,7 +72,7 @@ def batch_of(dataset: Any, frames: int, device: torch.device, max_atoms: int = _
 
     items: list[Any] = []
     atoms_so_far = 0
-    for i in range(min(frames, len(dataset))):
+    for i in range(min(frames, len(dataset))) if isinstance(frames, int) else frames:
         item = dataset[i]
         atoms_so_far += int(item.num_nodes)
         if items and atoms_so_far > max_atoms:
@@ -99,7 +101,12 @@ def energy_forces(model: nn.Module, batch: Batch) -> Prediction:
 
 
 def spread(dataset: Any, max_frames: int) -> list[int]:
-    """Indices of up to ``max_frames`` frames of each head, spread evenly over the dataset.
+    """Indices of up to ``max_frames`` frames of each head, spread evenly over the dataset, in order."""
+    return sorted(index for mine in spread_by_head(dataset, max_frames).values() for index in mine)
+
+
+def spread_by_head(dataset: Any, max_frames: int) -> dict[int, list[int]]:
+    """The same for each head.
 
     Args:
         dataset: upstream's graphs; of very large ones only a part is looked at.
@@ -109,11 +116,11 @@ def spread(dataset: Any, max_frames: int) -> list[int]:
     by_head: dict[int, list[int]] = {}
     for index in looked_at:
         by_head.setdefault(int(getattr(dataset[int(index)], "head", 0) or 0), []).append(int(index))
-    chosen = []
-    for found in by_head.values():
+    chosen = {}
+    for head, found in by_head.items():
         places = np.linspace(0, len(found) - 1, min(max_frames, len(found))).round().astype(int)
-        chosen += [found[i] for i in np.unique(places)]
-    return sorted(chosen)
+        chosen[head] = [found[i] for i in np.unique(places)]
+    return chosen
 
 
 @torch.no_grad()

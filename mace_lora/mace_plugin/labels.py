@@ -153,12 +153,16 @@ def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str, limit: 
                 f"{where}: force label of {largest:.4g} eV/A is absurd (limit {limit:g}); expected eV/A, check the "
                 "units, or remove the frame"
             )
+    for kind in ("stress", "virials"):  # one NaN makes all weights NaN where the loss uses it
+        label = label_of(atoms, kind, getattr(args, f"{kind}_key", kind))
+        if label is not None and not np.isfinite(np.asarray(label, dtype=float)).all():
+            raise SettingsError(f"{where}: {kind} label contains NaN or infinity; remove or relabel the frame")
     return energy is not None, forces is not None
 
 
 def label_of(atoms: ase.Atoms, kind: str, key: str) -> Any:
-    """Energy or forces of a frame under a key, as upstream finds them; None without."""
-    found = atoms.info.get(key) if kind == "energy" else atoms.arrays.get(key)
+    """Energy, forces, stress or virials of a frame under a key, as upstream finds them; None without."""
+    found = atoms.arrays.get(key) if kind == "forces" else atoms.info.get(key)
     if found is None and key == kind and atoms.calc is not None:
         found = atoms.calc.results.get(kind)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -30,6 +31,7 @@ __all__ = [
     "patch_lora",
     "patch_model_script_utils",
     "patch_multihead_tools",
+    "patch_run_train",
     "patch_scripts_utils",
     "patch_train",
 ]
@@ -67,8 +69,12 @@ def patch_arg_parser(module: ModuleType) -> None:
     @_wrap(module, "build_default_arg_parser")
     def build(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         parser = original(*args, **kwargs)
+        upstreams = set(parser._actions)
         for plugin in load_plugins():
             plugin.add_arguments(parser)
+        for action in set(parser._actions) - upstreams:
+            if action.default is None and action.help:
+                action.help += "%(default).0s"  # the text says what happens without the flag; not "(default: None)"
         return parser
 
 
@@ -84,7 +90,7 @@ def patch_arg_parser_tools(module: ModuleType) -> None:
             _or_exit(plugin.check_args, run)
         if run.active():
             _or_exit(checkpoints.lock, run)
-            distributed.prepare(args)
+            _or_exit(distributed.prepare, args)
         _or_exit(checkpoints.check_restart, run)
         return args, messages
 
@@ -146,6 +152,33 @@ def patch_model_script_utils(module: ModuleType) -> None:
         return model, output_args
 
 
+def patch_run_train(module: ModuleType) -> None:
+    """LBFGS keeps its history for what is trained only; model files are never half-written."""
+
+    @_wrap(module, "LBFGS")
+    def lbfgs(original: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Any:
+        run = current_run()
+        if run is not None and run.active():
+            params = [p for p in params if p.requires_grad]
+        return original(params, *args, **kwargs)
+
+    class Torch(ModuleType):
+        """torch, as the command knows it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+            """Write to a temporary name, and rename."""
+            if current_run() is None or not isinstance(file, str | os.PathLike):
+                torch.save(content, file, *args, **kwargs)
+                return
+            _or_exit(checkpoints.write_model, content, file, functools.partial(torch.save, *args, **kwargs))
+
+    module.torch = Torch("torch")  # type: ignore[attr-defined]
+
+
 def patch_lora(module: ModuleType) -> None:
     """``--lora``: the model already has our adapters; at the end they are merged our way."""
 
@@ -153,6 +186,7 @@ def patch_lora(module: ModuleType) -> None:
     def inject(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         run = run_training(model)
         if run is not None and any(p.name == "lora" for p in run.active()):
+            logging.getLogger().addFilter(_not_miscounted)
             return model
         injected: nn.Module = original(model, *args, **kwargs)
         return injected
@@ -166,6 +200,11 @@ def patch_lora(module: ModuleType) -> None:
         for plugin in run.active():
             model = plugin.before_save(run, model)
         return model
+
+
+def _not_miscounted(record: logging.LogRecord) -> bool:
+    """Upstream counts the frozen base too; ours is the line "training … values"."""
+    return not str(record.msg).startswith("Model with LoRA has %s trainable parameters")
 
 
 def _has_class_of(module: ModuleType, model: nn.Module) -> bool:
@@ -213,6 +252,7 @@ def patch_train(module: ModuleType) -> None:
         run = current_run()
         if run is not None:
             run.last_valid_loss = float(valid_loss)
+            run.state["valid_errors"] = args[0] if args else kwargs.get("eval_metrics", {})  # of the last head
         return original(valid_loss, *args, **kwargs)
 
     @_wrap(module, "train")
@@ -224,10 +264,10 @@ def patch_train(module: ModuleType) -> None:
                 trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
                 ema = type(ema)(trained, decay=ema.decay)
                 kwargs["ema"] = run.ema = ema
-            _or_exit(checkpoints.resume, run, kwargs["model"])
             if run.restored is not None:
                 for plugin in run.active():
                     _or_exit(plugin.after_restart, run, kwargs["model"])
+            _or_exit(checkpoints.resume, run, kwargs["model"])
             logging.info("equitune: training %s values", f"{_trained(kwargs['model']):,}")
         return original(*args, **kwargs)
 
@@ -262,6 +302,8 @@ def patch_checkpoint(module: ModuleType) -> None:
         checkpoint = self.builder.create_checkpoint(state)
         checkpoint["equitune"] = _or_exit(checkpoints.collect, run, state.model, self.io.swa_start, epochs)
         self.io.save(checkpoint, epochs, keep_last)
+        for plugin in run.active():
+            _or_exit(plugin.after_checkpoint, run, state.model, checkpoint["equitune"]["plugins"][plugin.name])
 
     def load(state: Any, checkpoint: dict[str, Any], strict: bool) -> None:
         load_checkpoint(state, checkpoint, strict)

@@ -118,7 +118,7 @@ class TrainPlugin:
         return model
 
     def after_restart(self, run: Run, model: nn.Module) -> None:
-        """Check the model after a checkpoint was loaded.
+        """Check the model after a checkpoint was loaded; with EMA it has the averages, the raw weights come later.
 
         Raises:
             SettingsError: the checkpoint does not belong to this command.
@@ -142,6 +142,9 @@ class TrainPlugin:
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
         """Called when a best checkpoint is written; returns what to store in it."""
         return {}
+
+    def after_checkpoint(self, run: Run, model: nn.Module, stored: Mapping[str, Any]) -> None:
+        """Called when a best checkpoint is on disk, with what :meth:`on_checkpoint` stored in it."""
 
     def before_save(self, run: Run, model: nn.Module) -> nn.Module:
         """Turn the trained model (a copy) into what MACE saves."""

@@ -32,6 +32,7 @@ PATCHED = {
     "mace.tools.scripts_utils": "patch_scripts_utils",
     "mace.tools.model_script_utils": "patch_model_script_utils",
     "mace.modules.lora": "patch_lora",
+    "mace.cli.run_train": "patch_run_train",
 }
 
 

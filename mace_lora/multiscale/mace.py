@@ -127,6 +127,11 @@ class MultiscalePlugin(TrainPlugin):
         args = run.args
         if args.long_range == "pme" or hasattr(run.foundation, "charges"):
             check_periodic(run)
+        if args.apply_cutoff and any("NonLinear" in str(b) for b in (args.interaction, args.interaction_first)):
+            logging.warning(
+                "equitune: upstream's NonLinear interaction blocks jump at a cutoff with --apply_cutoff True, here at "
+                "both; give --apply_cutoff False, or other blocks"
+            )
         run.state["avg_num_neighbors_long"] = args.avg_num_neighbors
         if hasattr(run.foundation, "r_short"):
             run.stand_in = stock_paths(run.foundation)[0]

@@ -80,6 +80,8 @@ class MultiScaleMACEPME(MultiScaleMACE):
         ValueError: torch-pme is not installed, or the smearing does not fit the cutoff.
     """
 
+    _last: tuple[torch.Tensor, ...] = ()  # charges and Coulomb energies of the forward pass under way
+
     def __init__(
         self, short: ScaleShiftMACE, long: ScaleShiftMACE, coupling: str = "sum", smearing: float | None = None,
         scale: float = 0.1,
@@ -118,17 +120,22 @@ class MultiScaleMACEPME(MultiScaleMACE):
 
         Raises:
             ValueError: forces of edges, or virials or stresses of atoms, are asked for; or a frame is not periodic.
+
+        Also ``charges`` (atoms,) in e, and ``energy_coulomb`` (graphs,) in eV, which is part of ``energy_long``.
         """
         if compute_edge_forces or compute_atomic_stresses:
             raise ValueError(
                 "long_range pme: expected compute_edge_forces and compute_atomic_stresses to be off, got one of them; "
                 "edges do not have the forces of the mesh; use forces and the stress of the whole frame"
             )
-        return super().forward(
+        out = super().forward(
             data, training=training, compute_force=compute_force, compute_virials=compute_virials,
             compute_stress=compute_stress, compute_displacement=compute_displacement, compute_hessian=compute_hessian,
             lammps_mliap=lammps_mliap,
         )  # fmt: skip
+        out["charges"], out["energy_coulomb"] = self._last
+        self._last = ()
+        return out
 
     def far_energies(
         self, data: dict[str, torch.Tensor], displacement: torch.Tensor | None, features: torch.Tensor,
@@ -159,6 +166,7 @@ class MultiScaleMACEPME(MultiScaleMACE):
                 q[:, None], cell.to(dtype), positions[mine], (edges[:, pairs] - first).T, apart[pairs]
             )
             out.append(q * potential[:, 0])
+        self._last = (charges.detach(), torch.stack([e.detach().sum() for e in out]).to(charges.dtype))
         return torch.cat(out).to(charges.dtype)
 
 

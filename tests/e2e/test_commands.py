@@ -1,6 +1,7 @@
 """The ``equitune`` commands on real files."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,61 @@ def test_diff_finds_what_was_changed(job, adapter):
     assert f"3 of {len(rows)} rows shown" in shown
 
 
+def test_diff_sees_energy_references_and_scale(job, tmp_path):
+    model = torch.load(job / "base.model", weights_only=False)
+    model.atomic_energies_fn.atomic_energies += 5.0
+    model.scale_shift.scale *= 2.0
+    torch.save(model, tmp_path / "other.model")
+    shown = equitune("diff", job / "base.model", tmp_path / "other.model", "--json").stdout
+    rows = {r["module"]: r["relative"] for r in json.loads(shown.partition("[")[2].join(("[", "")))}
+    assert rows["scale_shift.scale"] == pytest.approx(1.0)
+    assert rows["atomic_energies_fn.atomic_energies"] > 1e-3
+    assert rows["scale_shift.shift"] == 0
+
+
+def test_merge_leaves_other_files_alone(job, adapter, tmp_path):
+    base = tmp_path / "b.model"
+    base.write_bytes((job / "base.model").read_bytes())
+    for output, message in (
+        (base, "--output: .*b.model is the base"),
+        (adapter / "m.model", "or in the adapter's folder; choose another name"),
+        (tmp_path / "m.safetensors", "--output: expected a name that ends in .model"),
+    ):
+        done = equitune("merge", base, adapter, "-o", output, check=False)
+        assert done.returncode == 2 and re.search(message, " ".join(done.stderr.split())), done.stderr
+    assert base.read_bytes() == (job / "base.model").read_bytes()
+
+
+def test_run_has_help():
+    assert "mace_run_train" in equitune("run", "--help").stdout
+
+
+def test_conversion_is_verified_by_a_prediction(job, tmp_path):
+    """What is an attribute only is in neither weights nor configuration; the pair before stays."""
+    model = torch.load(job / "base.model", weights_only=False)
+    (first,) = (p for p in convert_model(job / "base.model", tmp_path / "pair.safetensors") if p.suffix == ".json")
+    content = first.read_bytes()
+    model.interactions[0].avg_num_neighbors = 99.0
+    torch.save(model, tmp_path / "odd.model")
+    with pytest.raises(ValueError, match="the rebuilt model has equal weights and other predictions"):
+        convert_model(tmp_path / "odd.model", tmp_path / "pair.safetensors")
+    assert first.read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["odd.model", "pair.json", "pair.safetensors"]
+
+
+def test_elements_and_devices_that_are_not_there(job, adapter):
+    from mace_lora import load_calculator
+
+    atoms = dft_frames("test", 1)[0]
+    atoms.numbers[0] = 9
+    atoms.calc = load_calculator(job / "base.model", adapter)
+    with pytest.raises(ValueError, match=r"the model does not know the atomic numbers \[9\], only \[1, 6, 7, 8\]"):
+        atoms.get_potential_energy()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: expected one that torch can use here, got 'cuda' without CUDA"):
+            load_calculator(job / "base.model", adapter, device="cuda")
+
+
 def test_bad_files(job, tmp_path):
     """A message, no traceback."""
     from mace_lora.mace_plugin.base_model import save_base
@@ -170,9 +226,16 @@ def test_bad_files(job, tmp_path):
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "empty.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes())
     (tmp_path / "notes.xyz").write_text("nothing")
+    save_base(embedded_base(), tmp_path / "mixed")
+    content = json.loads((tmp_path / "mixed.json").read_text())
+    content["config"]["max_ell"] = 1
+    (tmp_path / "mixed.json").write_text(json.dumps(content))
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "run_compiled.model")
     test = job / "test.xyz"
     for arguments, message in (
         (("info", tmp_path / "cut.safetensors"), "cut.json or .safetensors is damaged"),
+        (("info", tmp_path / "mixed.json"), "mixed.json and .safetensors do not belong together"),
+        (("info", tmp_path / "run_compiled.model"), "is compiled for TorchScript, which holds no layers to read"),
         (("info", tmp_path / "x.nequip.zip"), 'this needs nequip here: pip install "equitune[nequip]"'),
         (("evaluate", "embedded", tmp_path / "notes.xyz"), "notes.xyz: cannot be read as structures"),
         (("evaluate", "embedded", test, "--index", "x"), "--index: expected a number or a slice such as 0:100"),

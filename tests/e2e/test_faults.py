@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from helpers import BIN, dft_frames, flags, launch, train
 from safetensors.torch import load_file, save_file
 
-from mace_lora import LoraConfig, apply_lora, load_adapter, read_adapter, save_adapter
+from mace_lora import LoraConfig, apply_lora, load_adapter, merge_lora, read_adapter, save_adapter
 from mace_lora.evaluate.metrics import errors, predict
 from mace_lora.mace_plugin.base_model import embedded_base
 
@@ -113,31 +114,48 @@ def limited(job, work, size, **changes):
     )  # fmt: skip
 
 
-def test_full_disk_while_writing_the_adapter(job, tmp_path):
+def test_adapter_that_cannot_be_written(job, tmp_path):
+    """It is never ahead of the checkpoint; a restart writes what is missing, also when no better epoch follows."""
+    adapter, hidden = tmp_path / "run-adapter", tmp_path / "hidden"
     train(job, tmp_path, max_num_epochs=1)
-    weights = tmp_path / "run-adapter" / "adapter_model.safetensors"
-    content, size = weights.read_bytes(), weights.stat().st_size
-    checkpoints = list((tmp_path / "checkpoints").glob("*.pt"))
-    done = limited(job, tmp_path, size // 2, max_num_epochs=4, restart_latest=True)
+    shutil.copytree(adapter, hidden)
+    train(job, tmp_path, max_num_epochs=2, restart_latest=True)
+    shutil.rmtree(adapter)
+    adapter.write_text("in the way")
+    done = train(job, tmp_path, check=False, max_num_epochs=4, restart_latest=True)
     assert done.returncode == 1
     assert "cannot write the adapter to" in done.stdout
     assert "free some space and continue with --restart_latest" in " ".join(done.stdout.split())
-    assert weights.read_bytes() == content
-    assert list((tmp_path / "checkpoints").glob("*.pt")) == checkpoints
-    train(job, tmp_path, max_num_epochs=3, restart_latest=True)  # and on with space again
-    assert read_adapter(tmp_path / "run-adapter").tensors
+    adapter.unlink()
+    hidden.rename(adapter)  # the one before, as a full disk leaves it
+    train(job, tmp_path, max_num_epochs=0, restart_latest=True)
+    state = newest(tmp_path)["equitune"]["plugins"]["lora"]["state"]
+    run = read_adapter(adapter).run
+    assert run["epoch"] == str(state["epoch"]) == "1" and run["validation_loss"] == str(state["validation_loss"])
+    assert run["validation_mae_f"].endswith(" eV/Å") and run["validation_rmse_e_per_atom"].endswith(" eV/atom")
+    merged = merge_lora(load_adapter(embedded_base(torch.float64), adapter))
+    stored = torch.load(tmp_path / "run.model", weights_only=False)
+    for (name, value), other in zip(merged.named_parameters(), stored.parameters(), strict=True):
+        torch.testing.assert_close(value, other, atol=1e-6, rtol=0, msg=name)
 
 
 def test_full_disk_while_writing_a_checkpoint(job, tmp_path):
     train(job, tmp_path, max_num_epochs=1)
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
-    content = checkpoint.read_bytes()
-    size = (tmp_path / "run-adapter" / "adapter_model.safetensors").stat().st_size
-    done = limited(job, tmp_path, 2 * size, max_num_epochs=4, restart_latest=True)
-    assert done.returncode == 1
-    assert "--checkpoints_dir: cannot write" in done.stdout
-    assert checkpoint.read_bytes() == content
-    assert not list((tmp_path / "checkpoints").glob(".*.part"))
+    weights = tmp_path / "run-adapter" / "adapter_model.safetensors"
+    before = checkpoint.read_bytes(), weights.read_bytes(), (tmp_path / "run.model").read_bytes()
+    for size in (weights.stat().st_size // 2, 2 * weights.stat().st_size):
+        done = limited(job, tmp_path, size, max_num_epochs=4, restart_latest=True)
+        assert done.returncode == 1
+        assert "--checkpoints_dir: cannot write" in done.stdout
+        assert (checkpoint.read_bytes(), weights.read_bytes(), (tmp_path / "run.model").read_bytes()) == before
+        assert not list((tmp_path / "checkpoints").glob(".*.part"))
+    train(job, tmp_path, max_num_epochs=3, restart_latest=True)  # and on with space again
+    assert read_adapter(tmp_path / "run-adapter").tensors
+    size = checkpoint.stat().st_size if checkpoint.exists() else weights.stat().st_size
+    done = limited(job, tmp_path, size, max_num_epochs=0, restart_latest=True)
+    assert done.returncode == 1 and "--model_dir: cannot write" in done.stdout
+    assert torch.load(tmp_path / "run.model", weights_only=False)
 
 
 def test_two_runs_into_one_folder_at_once(job, tmp_path):
@@ -147,12 +165,14 @@ def test_two_runs_into_one_folder_at_once(job, tmp_path):
         deadline = time.time() + 120
         while not spy.exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.05)
-        done = train(job, tmp_path / "w", check=False, ema=True, restart_latest=True)
+        again = train(job, tmp_path / "w", check=False, ema=True, restart_latest=True)
+        seed = train(job, tmp_path / "w", check=False, ema=True, seed=77)  # would share the adapter and the model
     finally:
         process.kill()
         process.wait()
-    assert done.returncode == 1
-    assert "--name run: another run is writing to" in done.stdout
+    for done in (again, seed):
+        assert done.returncode == 1
+        assert "--name run: another run is writing to" in done.stdout
 
 
 def test_diverged_adapter_is_not_written(job, tmp_path):
@@ -179,3 +199,31 @@ def test_adapter_with_nan_is_refused(job, tmp_path):
     assert done.returncode == 1
     assert "--lora_init_adapter: adapter" in done.stdout
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_adapter_with_a_damaged_config_is_refused(tmp_path):
+    folder = save_adapter(apply_lora(embedded_base(torch.float32), LoraConfig(rank=2)), tmp_path / "a")
+    file = folder / "adapter_config.json"
+    whole = json.loads(file.read_text())
+    name = next(n for n, m in whole["equitune"]["modules"].items() if m["ranks"])
+    for key, value, message in (
+        ("scaling", {b: float("nan") for b in whole["equitune"]["modules"][name]["ranks"]}, "is no number"),
+        ("scaling", {}, "adapter_config.json is incomplete .KeyError"),
+        ("ranks", None, "adapter_config.json is incomplete .TypeError"),
+    ):
+        content = json.loads(json.dumps(whole))
+        content["equitune"]["modules"][name][key] = value
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            read_adapter(folder)
+
+
+def test_another_learning_rate_at_a_restart_is_refused(job, tmp_path):
+    """It would have no effect: the optimiser's state has the checkpoint's."""
+    train(job, tmp_path, max_num_epochs=1, lr=0.01)
+    for changes, message in (
+        ({"lr": 0.001}, "--lr: expected 0.01 as in the checkpoint that is continued"),
+        ({"lr": 0.01, "lora_weight_decay": 0.5}, "weight_decay: 0.0 before, 0.5 now"),
+    ):
+        done = train(job, tmp_path, check=False, max_num_epochs=2, restart_latest=True, **changes)
+        assert done.returncode == 1 and message in " ".join(done.stdout.split()), done.stdout[-1500:]

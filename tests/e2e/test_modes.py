@@ -1,6 +1,7 @@
 """--lora with upstream's other modes: several processes, LBFGS, replay, multi-head foundations."""
 
 import ast
+import re
 import sys
 
 import ase.io
@@ -71,9 +72,23 @@ def test_two_processes_share_the_energy_references(job, tmp_path):
         torch.testing.assert_close(first[name], second[name], atol=1e-3, rtol=2e-2, msg=name)
 
 
+def test_distributed_needs_a_launcher(job, tmp_path):
+    done = train(job, tmp_path, check=False, distributed=True)
+    assert done.returncode == 1
+    assert "--distributed: expected one of several processes, started by torchrun" in " ".join(done.stdout.split())
+
+
 def test_lbfgs(job, tmp_path):
     log = train(job, tmp_path, lbfgs=True, batch_size=10, max_num_epochs=2, default_dtype="float64").stdout
     assert "Switching optimizer to LBFGS" in log
+    trained = int(re.search(r"equitune: training ([\d,]+) values", log)[1].replace(",", ""))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
+    (state,) = torch.load(checkpoint, weights_only=False)["optimizer"]["state"].values()
+    assert {v.numel() for v in state["old_dirs"]} == {trained}  # nothing for the frozen base
+    again = train(
+        job, tmp_path, lbfgs=True, batch_size=10, max_num_epochs=3, default_dtype="float64", restart_latest=True
+    )
+    assert "Loading checkpoint" in again.stdout
     merged = torch.load(tmp_path / "run.model", weights_only=False)
     same_weights(merged, merge_lora(load_adapter(embedded_base(torch.float64), tmp_path / "run-adapter")))
 
@@ -117,6 +132,22 @@ def test_replay_head_keeps_its_error_and_the_new_head_learns(job, replayed, tmp_
     assert with_replay < 1.35 * before, (before, with_replay, without)
     assert with_replay < 0.4 * without, (before, with_replay, without)
     assert model_errors(model, test, head="Default").mae_f < 0.7 * model_errors(base, test).mae_f
+
+
+def test_labels_of_every_head_are_checked(job, tmp_path):
+    """Replay frames come first and are sound by construction; the user's are what can be wrong."""
+    for part in ("train", "valid"):
+        frames = ase.io.read(job / f"{part}.xyz", ":")
+        for atoms in frames:
+            atoms.arrays["REF_forces"] = -atoms.arrays["REF_forces"]
+        ase.io.write(tmp_path / f"{part}.xyz", frames, format="extxyz", write_results=False)
+    ase.io.write(tmp_path / "replay.xyz", base_frames("replay", 40), format="extxyz")
+    done = train(
+        job, tmp_path / "w", check=False, multiheads_finetuning="True", pt_train_file=tmp_path / "replay.xyz",
+        pt_valid_file=tmp_path / "replay.xyz", train_file=tmp_path / "train.xyz", valid_file=tmp_path / "valid.xyz",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "force labels of head Default are opposite to the base model's forces" in " ".join(done.stdout.split())
 
 
 def test_per_head_readouts_adapt(job, replayed):

@@ -53,6 +53,27 @@ def test_a_failure_is_no_divergence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"mace_run_train failed in .*: no space left"):
         tune([], [4], [0.01], 2, tmp_path)
     assert not (tmp_path / "rank4_lr0.01" / "done.json").exists()
-    (tmp_path / "mace_run_train").write_text("#!/bin/sh\necho loss contains NaN; exit 1\n")
+    (tmp_path / "mace_run_train").write_text(
+        "#!/bin/sh\necho mace_run_train: error: --lora: the adapter contains NaN or infinity; exit 1\n"
+    )
     with pytest.raises(ValueError, match="every training diverged"):
         tune([], [4], [0.01], 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr=0.1"], "--lr: the search sets it itself"),
+        (["--work_dir", "x"], "--work_dir: the search sets it itself"),
+        (["--checkpoints_dir=ck"], "--checkpoints_dir: the search sets it itself"),
+        (["--swa"], "--swa: does not go with the search: stage two would begin at another epoch"),
+        (["--config=c.yaml"], "--max_num_epochs: the search sets it itself"),
+        (["--config", "c.yaml"], "--max_num_epochs: the search sets it itself"),
+    ],
+)
+def test_flags_of_the_search_itself(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("swa: false\nmax_num_epochs: 5\n")
+    with pytest.raises(ValueError, match=message):
+        tune(arguments, [4], [0.01], 2, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

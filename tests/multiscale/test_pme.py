@@ -172,6 +172,12 @@ def test_charges_are_neutral_and_batches_are_independent():
     for i, atoms in enumerate((one, two)):
         torch.testing.assert_close(evaluate(model, atoms)["energy"][0], both["energy"][i])
     charges = charges_of(model, one, two)
+    torch.testing.assert_close(both["charges"], charges)
+    assert both["energy_coulomb"].abs().min() > 1e-6 and not both["charges"].requires_grad
+    for parameter in model.charges.parameters():
+        parameter.data.zero_()
+    without = evaluate(model, one, two)
+    torch.testing.assert_close(both["energy"] - without["energy"], both["energy_coulomb"])
     assert charges[:9].sum().abs() < 1e-12 and charges[9:].sum().abs() < 1e-12
     assert charges.abs().max() > 0.01
 
