@@ -142,7 +142,7 @@ class LoraPlugin(TrainPlugin):
         except ValueError as err:
             raise SettingsError(f"--lora: {err}") from err
         preflight(run, model, ADAPTER, fresh=start is None)
-        if run.args.lora_refit_E0s and start is None and not run.args.restart_latest:
+        if run.args.lora_refit_E0s and start is None and "checkpoint" not in run.state:
             _refit(run, model)  # else the first epochs are spent, and judged, on a constant
         enable(model, KERNELS)
         return model
@@ -225,7 +225,9 @@ class LoraPlugin(TrainPlugin):
                 "--restart_latest: the checkpoint has another base model or other energy references than this command: "
                 f"expected fingerprint {expected}, got {got}; give the same --foundation_model and --E0s as before"
             )
-        if "state" in stored and not _is_current(_folder(run, stored["stage_two"]), stored["state"]):
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = not several or torch.distributed.get_rank() == 0
+        if first and "state" in stored and not _is_current(_folder(run, stored["stage_two"]), stored["state"]):
             self.after_checkpoint(run, model, stored)  # killed between the two files, or the disk was full
 
     def before_save(self, run: Run, model: nn.Module) -> nn.Module:

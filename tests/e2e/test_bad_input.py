@@ -1,5 +1,7 @@
 """Every bad input ends the real command before training, with a message that helps."""
 
+import re
+
 import ase.io
 import mace.cli.run_train
 import numpy as np
@@ -194,9 +196,14 @@ def test_truncated_adapter(job, tmp_path, monkeypatch):
 
 
 def test_energy_references_of_another_level_are_a_warning(job, tmp_path, monkeypatch, caplog):
-    run(job, tmp_path, monkeypatch, E0s="{1: -13.0, 6: -1000.0, 7: -1480.0, 8: -2000.0}", dry_run=True)
+    other = {"E0s": "{1: -13.0, 6: -1000.0, 7: -1480.0, 8: -2000.0}", "dry_run": True}
+    run(job, tmp_path / "a", monkeypatch, lora_refit_E0s=False, **other)
     assert "the E0s do not fit the labels' level of theory" in caplog.text
     assert "--E0s=estimated" in caplog.text
+    caplog.clear()
+    run(job, tmp_path / "b", monkeypatch, **other)
+    assert "--lora_refit_E0s takes that off at the start" in caplog.text
+    assert re.search(r"energy references refitted on \d+ frames: rms residual [\d.]{6,} -> [\d.]{4,5} meV", caplog.text)
 
 
 def test_models_handled_after_a_run_in_the_same_process_are_not_taken_for_its_model(job, tmp_path, monkeypatch):

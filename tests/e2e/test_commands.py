@@ -183,7 +183,7 @@ def test_merge_leaves_other_files_alone(job, adapter, tmp_path):
         (tmp_path / "m.safetensors", "--output: expected a name that ends in .model"),
     ):
         done = equitune("merge", base, adapter, "-o", output, check=False)
-        assert done.returncode == 2 and re.search(message, " ".join(done.stderr.split())), done.stderr
+        assert done.returncode == 2 and re.search(message, " ".join(done.stdout.split())), done.stdout
     assert base.read_bytes() == (job / "base.model").read_bytes()
 
 
