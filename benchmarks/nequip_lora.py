@@ -1,8 +1,8 @@
 """LoRA against full fine-tuning in NequIP: accuracy at 50 + 50 labels, by nequip-train itself.
 
 The base is a NequIP model pre-trained on the GFN2-xTB frames of the embedded base's recipe. Both methods get the
-same frames, budget, aligned energy references and a learning-rate sweep on the first seed; the best on its
-validation frames (geometric mean of energy and force MAE) is run on the other seeds. One JSON per run.
+same frames, budget, aligned energy references and a learning-rate sweep on the first seed, widened past its edges;
+the best on its validation frames (geometric mean of energy and force MAE) is run on the other seeds.
 
 Command:  python benchmarks/nequip_lora.py base --frames build/embedded_base/train.extxyz
           python benchmarks/nequip_lora.py run --data DIR --sets ethanol,3bpa
@@ -37,7 +37,7 @@ from mace_lora.lora.energies import solve_offsets
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "nequip_lora"
 WORK = Path("build/nequip_lora")
-LRS = {"full": (0.001, 0.002, 0.005, 0.01), "lora": (0.01, 0.02, 0.04)}
+LRS = {"full": (0.005, 0.01, 0.02), "lora": (0.005, 0.01, 0.02)}
 KEYS = {"mae_e": "total_energy_mae", "mae_f": "forces_mae"}
 SHOWN = ("mae_e", "mae_e_refit", "mae_f", "rmse_f")
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -185,6 +185,14 @@ def score(row: dict[str, Any]) -> float:
     return float(np.sqrt(row["valid"]["mae_e"] * row["valid"]["mae_f"]))
 
 
+def next_rate(rows: list[dict[str, Any]]) -> float | None:
+    """The rate by which the sweep goes on where the best one is at its edge; 6 rates at most."""
+    rates, best = sorted(r["lr"] for r in rows), min(rows, key=score)["lr"]
+    if best not in (rates[0], rates[-1]) or len(rates) > 5:
+        return None
+    return 2 * best if best == rates[-1] else best / 2
+
+
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="folder of the public data sets")],
@@ -201,6 +209,8 @@ def run(
         zero_shot(name, first, data, work, results)
         for method, lrs in LRS.items():
             rows = [one_run(name, method, lr, first, epochs, data, work, results) for lr in lrs]
+            while wider := next_rate(rows):
+                rows.append(one_run(name, method, wider, first, epochs, data, work, results))
             best = min(rows, key=score)["lr"]
             rows += [one_run(name, method, best, seed, epochs, data, work, results) for seed in rest]
             for row in rows:

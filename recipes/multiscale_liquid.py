@@ -126,14 +126,14 @@ def train_nequip(folder: Path, work: Path, model: str, data: str, sizes: dict[st
         config |= {"types": ["C", "N", "F"], "r_max": LONG, "run": ["train"]}
         config |= {"folder": str(work.resolve()), "epochs": sizes["epochs"], "batch_size": 4}
         files = {"train": data, "val": "valid", "test": "test"}
-        config["data"] |= {f"{part}_file_path": str((folder / f"{f}.xyz").resolve()) for part, f in files.items()}
-        config["data"]["split_dataset"] = []
+        config["data"] = {f"{part}_file_path": str((folder / f"{f}.xyz").resolve()) for part, f in files.items()}
         # the schedule of the MACE rows: to a twentieth at the end
         config["training_module"]["lr_scheduler"] = {"scheduler": {"gamma": 0.05 ** (1 / sizes["epochs"])}}
         (work / "configs").mkdir(exist_ok=True)
         write_text(work / "configs" / "run.yaml", yaml.safe_dump(config, sort_keys=False))
-        shared = (ROOT / "recipes" / "configs" / "nequip_data.yaml").read_text()
-        write_text(work / "configs" / "nequip_data.yaml", shared)
+        shared = yaml.safe_load((ROOT / "recipes" / "configs" / "nequip_data.yaml").read_text())
+        del shared["data"]["split_dataset"]  # files of their own instead; Hydra can replace it, not take it away
+        write_text(work / "configs" / "nequip_data.yaml", yaml.safe_dump(shared, sort_keys=False))
         with (work / "output.log").open("a") as log:
             command = [(nequip / "nequip-train").resolve(), "-cd", (work / "configs").resolve(), "-cn", "run"]
             if (work / "last.ckpt").is_file():

@@ -127,6 +127,9 @@ def _check_labelled(args: argparse.Namespace, where: str, frames: list[ase.Atoms
         )
 
 
+_WITH_STRESS = ("stress", "virials", "huber", "universal")  # upstream's losses that use it
+
+
 def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str, limit: float) -> tuple[bool, bool]:
     """Check one frame; returns whether it has an energy and forces."""
     if not np.isfinite(atoms.positions).all():
@@ -153,7 +156,7 @@ def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str, limit: 
                 f"{where}: force label of {largest:.4g} eV/A is absurd (limit {limit:g}); expected eV/A, check the "
                 "units, or remove the frame"
             )
-    for kind in ("stress", "virials"):  # one NaN makes all weights NaN where the loss uses it
+    for kind in ("stress", "virials") if args.loss in _WITH_STRESS else ():  # one NaN makes all weights NaN
         label = label_of(atoms, kind, getattr(args, f"{kind}_key", kind))
         if label is not None and not np.isfinite(np.asarray(label, dtype=float)).all():
             raise SettingsError(f"{where}: {kind} label contains NaN or infinity; remove or relabel the frame")

@@ -12,6 +12,7 @@ from nequip.data import AtomicDataDict
 from nequip.model.utils import model_builder
 from nequip.nn import (
     ApplyFactor,
+    AtomwiseReduce,
     ConvNetLayer,
     ForceStressOutput,
     GraphModel,
@@ -30,7 +31,17 @@ from nequip.nn.embedding import (
 from nequip_ext.checks import is_number, require_sizes
 from nequip_ext.upstream.build import append_energy_modules
 
-from .modules import LONG_ENERGY, LONG_FEATURES, AllEdges, EnergyShares, FusedReadout, ShareOfFrame, ShortEdges
+from .modules import (
+    ATOMS_LONG,
+    ENERGY_LONG,
+    LONG_ENERGY,
+    LONG_FEATURES,
+    AllEdges,
+    EnergyShares,
+    FusedReadout,
+    ShortEdges,
+    ShortShare,
+)
 
 __all__ = ["MultiScaleNequIP"]
 
@@ -136,7 +147,9 @@ def MultiScaleNequIP(
     network = append_energy_modules(
         model=SequentialGraphNetwork(modules), type_names=types, pair_potential=pair_potential
     )
-    network.append("share_of_frame", ShareOfFrame(network.irreps_out))
+    far = AtomwiseReduce(field=ATOMS_LONG, out_field=ENERGY_LONG, reduce="sum", irreps_in=network.irreps_out)
+    network.append("long_energy_sum", far)
+    network.append("short_share", ShortShare(far.irreps_out))
     return ForceStressOutput(network, do_derivatives)
 
 

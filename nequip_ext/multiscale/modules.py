@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 from nequip.data import AtomicDataDict
-from nequip.nn import GraphModuleMixin, scatter
+from nequip.nn import GraphModuleMixin
 
 from nequip_ext.upstream.nn import register_fields
 
 __all__ = [
-    "ENERGY_LONG", "ENERGY_SHORT", "LONG_ENERGY", "LONG_FEATURES", "AllEdges", "EnergyShares", "FusedReadout",
-    "ShareOfFrame", "ShortEdges",
+    "ATOMS_LONG", "ENERGY_LONG", "ENERGY_SHORT", "LONG_ENERGY", "LONG_FEATURES", "AllEdges", "EnergyShares",
+    "FusedReadout", "ShortEdges", "ShortShare",
 ]  # fmt: skip
 
 LONG_FEATURES = "multiscale_long_features"
 LONG_ENERGY = "multiscale_long_energy"  # of atoms, before scales and shifts
 ENERGY_SHORT, ENERGY_LONG = "energy_short", "energy_long"  # of frames, eV
-_ATOMS_LONG = "multiscale_atomic_energy_long"
+ATOMS_LONG = "multiscale_atomic_energy_long"
 register_fields(graph_fields=[ENERGY_SHORT, ENERGY_LONG])
 _INDEX, _VECTORS, _LENGTHS = "multiscale_edge_index", "multiscale_edge_vectors", "multiscale_edge_lengths"
 _NORMED = "multiscale_normed_lengths"
@@ -132,7 +132,7 @@ class EnergyShares(GraphModuleMixin, torch.nn.Module):
         super().__init__()
         self.per_type_energy_scale_shift = scale_shift
         self._init_irreps(
-            irreps_in=irreps_in, irreps_out={AtomicDataDict.PER_ATOM_ENERGY_KEY: "1x0e", _ATOMS_LONG: "1x0e"}
+            irreps_in=irreps_in, irreps_out={AtomicDataDict.PER_ATOM_ENERGY_KEY: "1x0e", ATOMS_LONG: "1x0e"}
         )
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
@@ -145,26 +145,21 @@ class EnergyShares(GraphModuleMixin, torch.nn.Module):
         without = data[key]
         data[key] = near + far
         data = self.per_type_energy_scale_shift(data)
-        data[_ATOMS_LONG] = data[key] - without
+        data[ATOMS_LONG] = data[key] - without
         return data
 
 
-class ShareOfFrame(GraphModuleMixin, torch.nn.Module):
-    """Energies of the two paths in every frame (frames, 1) in eV; a pair potential counts as short."""
+class ShortShare(GraphModuleMixin, torch.nn.Module):
+    """The short path's energy of every frame (frames, 1) in eV: what is not the long one's; pair potentials too."""
 
     _init_irreps: Any
 
     def __init__(self, irreps_in: dict[str, Any]) -> None:
         super().__init__()
-        self._init_irreps(irreps_in=irreps_in, irreps_out={ENERGY_SHORT: "1x0e", ENERGY_LONG: "1x0e"})
+        self._init_irreps(irreps_in=irreps_in, irreps_out={ENERGY_SHORT: "1x0e"})
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
-        """Set energy_short and energy_long; their sum is the total energy."""
-        far = data.pop(_ATOMS_LONG)
-        if AtomicDataDict.BATCH_KEY in data:
-            frames = AtomicDataDict.num_frames(data)
-            data[ENERGY_LONG] = scatter(far, data[AtomicDataDict.BATCH_KEY], dim=0, dim_size=frames, reduce="sum")
-        else:
-            data[ENERGY_LONG] = far.sum(dim=0, keepdim=True)
+        """Set energy_short, which with energy_long is the total energy."""
+        data.pop(ATOMS_LONG)
         data[ENERGY_SHORT] = data[AtomicDataDict.TOTAL_ENERGY_KEY] - data[ENERGY_LONG]
         return data

@@ -142,6 +142,10 @@ def spoil_positions(atoms):
     atoms.positions[0] = np.inf
 
 
+def spoil_stress(atoms):
+    atoms.info["REF_stress"] = np.full(9, np.nan)
+
+
 def spoil_energy_units(atoms):
     atoms.info["REF_energy"] *= 1e6
 
@@ -153,6 +157,7 @@ def spoil_energy_units(atoms):
         (spoil_force, r"frame 3 \(C2H5NO2\): force label of atom 2 is NaN or infinite"),
         (spoil_units, r"frame 3 \(C2H5NO2\): force label of .* eV/A is absurd \(limit 300\); expected eV/A"),
         (spoil_energy_units, r"frame 3 \(C2H5NO2\): energy label .* is absurd; expected eV, check the units"),
+        (spoil_stress, r"frame 3 \(C2H5NO2\): stress label contains NaN or infinity; remove or relabel the frame"),
         (spoil_positions, r"frame 3 \(C2H5NO2\): positions contain NaN or infinity"),
     ],
 )
@@ -160,8 +165,9 @@ def test_labels(job, tmp_path, monkeypatch, spoil, message):
     frames = dft_frames("train", 5)
     spoil(frames[3])
     ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
+    loss = {"loss": "stress"} if spoil is spoil_stress else {}
     with pytest.raises(SystemExit, match=message):
-        run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "bad.xyz")
+        run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "bad.xyz", **loss)
 
 
 def test_element_missing_in_the_base(job, tmp_path, monkeypatch):

@@ -130,6 +130,9 @@ def test_around_a_foundation(job, tmp_path, coupling):
     assert again.coupling == coupling and float(again.r_max) == 8.0
     for (_, f1), (_, f2) in zip(forces(tuned, frames), forces(again, frames), strict=True):
         np.testing.assert_allclose(f1, f2, atol=1e-6)
+    if frozen:
+        done = train(job, tmp_path / "long", check=False, **options | {"max_num_epochs": 4, "restart_latest": True})
+        assert "--multiscale_freeze_short: True before, False now" in " ".join(done.stdout.split())
     wrong = {"r_max": ({"r_max": 7.0}, "--r_max: expected 8 Å, the foundation's long cutoff, got 7; leave it out")}
     if coupling == "fused":
         wrong["freeze"] = (
