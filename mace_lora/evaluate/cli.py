@@ -37,6 +37,8 @@ def evaluate(
     bootstrap intervals over frames, force errors per element and by size of the force, errors for
     each value of a key (--by), a parity plot and JSON.
     """
+    import numpy as np
+
     from mace_lora.evaluate.metrics import predict
     from mace_lora.evaluate.reading import read_frames
     from mace_lora.evaluate.report import report, tables, write_report
@@ -51,6 +53,11 @@ def evaluate(
     except ValueError as err:
         within = "" if index == ":" else f" (counted within --index {index})"
         raise ValueError(f"{frames}: {err}{within}") from err
+    for kind, key, label in (
+        ("energy", energy_key, predictions.energy_label), ("forces", forces_key, predictions.forces_label),
+    ):  # fmt: skip
+        if not np.isfinite(label).any():
+            console.print(f"no frame has {kind} labels under {key}: no errors of {kind}")
     content = report(
         predictions, level, groups, model=model, adapter=str(adapter) if adapter else None, frames_file=str(frames)
     )

@@ -69,11 +69,21 @@ def predict(
         progress: function that wraps an iterable, e.g. ``tqdm``.
 
     Raises:
-        ValueError: no frames, or a frame without any label or with one that is no number; its index is named.
+        ValueError: no frames, a key of your own that no frame has, or a frame without any label or with one that
+            is no number; its index is named.
     """
     if not frames:
         raise ValueError("frames: expected at least one labelled frame, got none")
     labels = [_labels(i, f, energy_key, forces_key, stress_key) for i, f in enumerate(frames)]
+    for given, default, kind, column in (
+        (energy_key, "REF_energy", "energy", 0), (forces_key, "REF_forces", "forces", 1),
+        (stress_key, "REF_stress", "stress", 2),
+    ):  # fmt: skip
+        if given != default and not any(np.isfinite(row[column]).all() for row in labels):
+            raise ValueError(
+                f"--{kind}-key {given}: no frame has it; frame 0 has {_there(frames[0])}. Name another key, or leave "
+                "the option out"
+            )
     with_stress = any(np.isfinite(s).all() for _, _, s in labels)
     energies, forces, stresses = [], [], []
     items: Iterable[ase.Atoms] = progress(frames) if progress is not None else frames
@@ -106,12 +116,8 @@ def _labels(index: int, frame: ase.Atoms, energy_key: str, forces_key: str, stre
         stress = read_label(frame, "stress", stress_key)
     except ValueError as err:
         raise ValueError(f"frame {index}: {err}; correct the label, or name another key") from err
-    results = frame.calc.results if frame.calc is not None else {}
     if energy is None and forces is None:
-        raise ValueError(
-            f"frame {index}: expected labels {energy_key} and {forces_key}, got "
-            f"{sorted({*frame.info, *frame.arrays, *results} - {'numbers', 'positions'})}"
-        )
+        raise ValueError(f"frame {index}: expected labels {energy_key} and {forces_key}, got {_there(frame)}")
     voigt = np.full(6, np.nan)
     if stress is not None:
         voigt = stress if stress.size == 6 else stress.reshape(3, 3)[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
@@ -120,6 +126,11 @@ def _labels(index: int, frame: ase.Atoms, energy_key: str, forces_key: str, stre
         np.full((len(frame), 3), np.nan) if forces is None else forces,
         voigt,
     )
+
+
+def _there(frame: ase.Atoms) -> list[str]:
+    results = frame.calc.results if frame.calc is not None else {}
+    return sorted({*frame.info, *frame.arrays, *results} - {"numbers", "positions"})
 
 
 def errors(p: Predictions) -> Errors:

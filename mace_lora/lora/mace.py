@@ -21,12 +21,11 @@ from mace_lora.mace_plugin.protocol import Run, SettingsError, TrainPlugin
 
 from .adapter import read_adapter
 from .by_element import enable
-from .config import INITS, PRESETS
 from .energies import BUFFER, MODULE, difference, fit_references, reference_plan
 from .fingerprint import fingerprint
 from .inject import ModulePlan, adapter_layers, apply_plan, merge_lora, plan_lora
 from .loading import load_tensors
-from .mace_args import config_from, refuse_conflicts, refuse_unused, resolve_defaults
+from .mace_args import add_arguments, config_from, refuse_conflicts, refuse_unused, resolve_defaults
 from .preflight import preflight
 from .saving import adapter_tensors, save_adapter
 
@@ -43,46 +42,7 @@ class LoraPlugin(TrainPlugin):
     flag, leaves = "--lora", "LoRA adapters"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add ``--lora_*`` and let ``--lora`` stand without a value."""
-        from mace.tools.arg_parser import str2bool
-
-        actions = {a.dest: a for a in parser._actions}
-        lora = actions["lora"]
-        lora.nargs, lora.const = "?", True
-        lora.help = "fine-tune low-rank adapters instead of all weights; --lora, --lora True or YAML 'lora: true'"
-        rank, alpha = actions["lora_rank"], actions["lora_alpha"]
-        rank.default = alpha.default = None
-        rank.help = "rank r of every (l, p) block (unset: 16, or 4 with --lora_backend=mace)"
-        alpha.help = "the update is scaled by alpha/r (unset: the rank, or 1 with --lora_backend=mace)"
-        group = parser.add_argument_group("LoRA (equitune)")
-        group.add_argument(
-            "--lora_backend", choices=("equitune", "mace"), default="equitune", help="whose LoRA layers to use"
-        )
-        group.add_argument(
-            "--lora_preset",
-            choices=PRESETS,
-            help="degree_parity (default): every equivariant weight, one independent pair per irrep (l, p); "
-            "upstream: only the layers that MACE's own LoRA adapts",
-        )
-        group.add_argument("--lora_rank_pattern", help="rank per irrep, e.g. '0e:16,1o:8'")
-        group.add_argument("--lora_targets", help="comma-separated regular expressions of module names to adapt")
-        group.add_argument(
-            "--lora_dense",
-            help="parameters trained in full: 'preset' (default), 'none', or comma-separated regular expressions",
-        )
-        group.add_argument(
-            "--lora_init",
-            choices=INITS,
-            help="A ~ N(0, 0.1/r) (scaled, default) or N(0, 1) (elora, as published); B is 0",
-        )
-        group.add_argument("--lora_init_adapter", metavar="DIR", help="start from this adapter")
-        group.add_argument(
-            "--lora_refit_E0s",
-            type=str2bool,
-            help="at every best epoch, shift the energy references by least squares on the training frames; the "
-            "shift is part of the adapter (default True)",
-        )
-        group.add_argument("--lora_weight_decay", type=float, help="weight decay of all adapter parameters (default 0)")
+        add_arguments(parser)
 
     def enabled(self, args: argparse.Namespace) -> bool:
         return bool(args.lora) and args.lora_backend == "equitune"
@@ -342,5 +302,6 @@ def _metadata(run: Run, model: nn.Module) -> dict[str, Any]:
             "command": " ".join(sys.argv),
             "data": run.state["lora_data"],
         }
+        | ({"level_of_theory": run.args.lora_level_of_theory} if run.args.lora_level_of_theory else {})
         | run.state.get("base_recipe", {})
     )

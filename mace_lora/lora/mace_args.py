@@ -10,17 +10,61 @@ from typing import Any
 from mace_lora.mace_plugin.launch import default_of
 from mace_lora.mace_plugin.protocol import SettingsError
 
-from .config import LoraConfig, parse_rank_pattern
+from .config import INITS, PRESETS, LoraConfig, parse_rank_pattern
 
-__all__ = ["config_from", "refuse_conflicts", "refuse_unused", "resolve_defaults"]
+__all__ = ["add_arguments", "config_from", "refuse_conflicts", "refuse_unused", "resolve_defaults"]
 
 # Flags that describe the adapter; an adapter given by --lora_init_adapter brings its own values.
 _SHAPE = ("lora_rank", "lora_alpha", "lora_preset", "lora_rank_pattern", "lora_targets", "lora_dense", "lora_init")
-_OTHER = ("lora_init_adapter", "lora_weight_decay", "lora_refit_E0s")
+_OTHER = ("lora_init_adapter", "lora_weight_decay", "lora_refit_E0s", "lora_level_of_theory")
 DEFAULTS: dict[str, Any] = {
     "lora_rank": 16, "lora_preset": "degree_parity", "lora_rank_pattern": "", "lora_dense": "preset",
     "lora_init": "scaled", "lora_weight_decay": 0.0, "lora_refit_E0s": True,
 }  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--lora_*`` and let ``--lora`` stand without a value."""
+    from mace.tools.arg_parser import str2bool
+
+    actions = {a.dest: a for a in parser._actions}
+    lora = actions["lora"]
+    lora.nargs, lora.const = "?", True
+    lora.help = "fine-tune low-rank adapters instead of all weights; --lora, --lora True or YAML 'lora: true'"
+    rank, alpha = actions["lora_rank"], actions["lora_alpha"]
+    rank.default = alpha.default = None
+    rank.help = "rank r of every (l, p) block (unset: 16, or 4 with --lora_backend=mace)"
+    alpha.help = "the update is scaled by alpha/r (unset: the rank, or 1 with --lora_backend=mace)"
+    group = parser.add_argument_group("LoRA (equitune)")
+    group.add_argument(
+        "--lora_backend", choices=("equitune", "mace"), default="equitune", help="whose LoRA layers to use"
+    )
+    group.add_argument(
+        "--lora_preset",
+        choices=PRESETS,
+        help="degree_parity (default): every equivariant weight, one independent pair per irrep (l, p); "
+        "upstream: only the layers that MACE's own LoRA adapts",
+    )
+    group.add_argument("--lora_rank_pattern", help="rank per irrep, e.g. '0e:16,1o:8'")
+    group.add_argument("--lora_targets", help="comma-separated regular expressions of module names to adapt")
+    group.add_argument(
+        "--lora_dense",
+        help="parameters trained in full: 'preset' (default), 'none', or comma-separated regular expressions",
+    )
+    group.add_argument(
+        "--lora_init",
+        choices=INITS,
+        help="A ~ N(0, 0.1/r) (scaled, default) or N(0, 1) (elora, as published); B is 0",
+    )
+    group.add_argument("--lora_init_adapter", metavar="DIR", help="start from this adapter")
+    group.add_argument(
+        "--lora_refit_E0s",
+        type=str2bool,
+        help="at every best epoch, shift the energy references by least squares on the training frames; the "
+        "shift is part of the adapter (default True)",
+    )
+    group.add_argument("--lora_weight_decay", type=float, help="weight decay of all adapter parameters (default 0)")
+    group.add_argument("--lora_level_of_theory", help="of the labels, for the adapter's card, e.g. PBE0/def2-SVP")
 
 
 def refuse_unused(args: argparse.Namespace) -> None:

@@ -176,7 +176,22 @@ def patch_run_train(module: ModuleType) -> None:
                 return
             _or_exit(checkpoints.write_model, content, file, functools.partial(torch.save, *args, **kwargs))
 
+    class Jit(ModuleType):
+        """torch.jit, likewise."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch.jit, name)
+
+        @staticmethod
+        def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+            """Write to a temporary name, and rename."""
+            if current_run() is None:
+                torch.jit.save(content, file, *args, **kwargs)
+                return
+            _or_exit(checkpoints.write_model, content, file, functools.partial(torch.jit.save, *args, **kwargs))
+
     module.torch = Torch("torch")  # type: ignore[attr-defined]
+    module.torch.jit = Jit("torch.jit")
 
 
 def patch_lora(module: ModuleType) -> None:

@@ -29,7 +29,8 @@ numpy.savez(sys.argv[3], e=atoms.get_potential_energy(), f=atoms.get_forces())
 def finished(job, tmp_path_factory):
     """A run with EMA and stage two."""
     work = tmp_path_factory.mktemp("finished")
-    log = train(job, work, ema=True, swa=True, start_swa=2, max_num_epochs=4, test_file=job / "test.xyz").stdout
+    log = train(job, work, ema=True, swa=True, start_swa=2, max_num_epochs=4, test_file=job / "test.xyz",
+                lora_level_of_theory="PBE0/def2-SVP").stdout  # fmt: skip
     return work, log
 
 
@@ -49,6 +50,9 @@ def test_what_a_run_writes(finished):
     assert "validation_loss" in saved.run
     assert {"train_file:train.xyz", "valid_file:valid.xyz"} <= set(saved.metadata["data"])
     assert "--lora" in saved.metadata["command"]
+    assert saved.metadata["level_of_theory"] == "PBE0/def2-SVP"
+    assert "| level of theory | `PBE0/def2-SVP` |" in (work / "run-adapter" / "README.md").read_text()
+    assert not [p.name for p in work.iterdir() if p.name.endswith((".part", ".tmp"))]
 
 
 def test_preflight_is_printed(finished):

@@ -47,6 +47,24 @@ def test_index(index, message, copper, tmp_path):
         evaluate("emt", copper, output=tmp_path / "out", index=index)
 
 
+@pytest.mark.parametrize(
+    ("option", "key"), [("energy", "dft_energy"), ("forces", "dft_forces"), ("stress", "dft_stress")]
+)
+def test_a_key_that_no_frame_has(option, key, copper, tmp_path):
+    frames = ase.io.read(copper, ":")
+    for atoms in frames:
+        atoms.arrays["REF_forces"] = atoms.positions * 0.0
+    ase.io.write(copper, frames)
+    message = rf"--{option}-key {key}: no frame has it; frame 0 has \['REF_energy', 'REF_forces'\]"
+    with pytest.raises(ValueError, match=message):
+        evaluate("emt", copper, output=tmp_path / "out", **{f"{option}_key": key})
+
+
+def test_labels_that_are_not_there_are_named(copper, tmp_path):
+    done = CliRunner().invoke(app, ["evaluate", "emt", str(copper), "-o", str(tmp_path / "out")])
+    assert "no frame has forces labels under REF_forces: no errors of forces" in " ".join(done.output.split())
+
+
 def test_one_frame_is_a_list(copper, tmp_path):
     assert [len(a) for a in read_frames(copper, "-1")] == [4]
     assert len(read_frames(copper, "::2")) == 3
