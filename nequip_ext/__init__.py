@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AddLongPath": "nequip_ext.multiscale.around",
     "AlignEnergies": "nequip_ext.energies",
     "Autotuned": "nequip_ext.autotune.builder",
     "GradualUnfreezing": "nequip_ext.autotune.schedule",
@@ -25,8 +26,8 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "AlignEnergies", "Autotuned", "GradualUnfreezing", "LayerwiseRates", "LoRA", "MultiScaleNequIP", "MuonParamGroups",
-    "PaiNN", "SaveAdapter", "TrainedParams",
+    "AddLongPath", "AlignEnergies", "Autotuned", "GradualUnfreezing", "LayerwiseRates", "LoRA", "MultiScaleNequIP",
+    "MuonParamGroups", "PaiNN", "SaveAdapter", "TrainedParams",
 ]  # fmt: skip
 
 

@@ -43,7 +43,7 @@ from .modules import (
     ShortShare,
 )
 
-__all__ = ["MultiScaleNequIP"]
+__all__ = ["MultiScaleNequIP", "append_path", "check_path", "feature_irreps"]
 
 _COUPLINGS = ("sum", "fused")
 
@@ -64,6 +64,7 @@ def MultiScaleNequIP(
     num_layers_long: int = 2,
     num_channels_long: int = 8,
     max_L_long: int = 1,
+    max_ell_long: int | None = None,
     num_radial_basis_long: int = 8,
     radial_hidden_long: int = 0,
     multiscale_coupling: str = "sum",
@@ -90,7 +91,8 @@ def MultiScaleNequIP(
         radial_mlp_depth, radial_mlp_width, num_bessels, polynomial_cutoff_p: of the short path, as for NequIP.
         num_layers_long: interactions of the long path.
         num_channels_long: features of every degree of the long path.
-        max_L_long: highest degree of the long path's features and spherical harmonics.
+        max_L_long: highest degree of the long path's features.
+        max_ell_long: highest degree of its spherical harmonics; default max_L_long.
         num_radial_basis_long: radial functions of the long path.
         radial_hidden_long: hidden width of its radial network; 0 for none.
         multiscale_coupling: "sum" of two readouts, or one "fused" readout of both feature sets.
@@ -106,12 +108,15 @@ def MultiScaleNequIP(
     Raises:
         ValueError: cutoffs, sizes or coupling out of range.
     """
-    _check(
-        r_max, r_short, multiscale_coupling,
+    if multiscale_coupling not in _COUPLINGS:
+        raise ValueError(f"multiscale_coupling: expected one of {', '.join(_COUPLINGS)}, got {multiscale_coupling!r}")
+    degree_long = max_L_long if max_ell_long is None else max_ell_long
+    check_path(
+        r_max, r_short,
         {"avg_num_neighbors": avg_num_neighbors}
         | ({} if avg_num_neighbors_short is None else {"avg_num_neighbors_short": avg_num_neighbors_short}),
         {"l_max": l_max, "radial_mlp_depth": radial_mlp_depth, "max_L_long": max_L_long,
-         "radial_hidden_long": radial_hidden_long},
+         "max_ell_long": degree_long, "radial_hidden_long": radial_hidden_long},
         {"num_layers": num_layers, "num_features": num_features, "radial_mlp_width": radial_mlp_width,
          "num_bessels": num_bessels, "polynomial_cutoff_p": polynomial_cutoff_p, "num_layers_long": num_layers_long,
          "num_channels_long": num_channels_long, "num_radial_basis_long": num_radial_basis_long},
@@ -125,16 +130,17 @@ def MultiScaleNequIP(
         elif avg_num_neighbors is not None:
             short_neighbors = volumes * avg_num_neighbors
     modules: dict[str, Any] = {}
-    last = _path(
+    last = append_path(
         modules, "long_", types, r_max, polynomial_cutoff_p, num_radial_basis_long,
-        _hidden(num_layers_long, max_L_long, False, num_channels_long), max_L_long, bool(radial_hidden_long),
+        feature_irreps(num_layers_long, max_L_long, False, num_channels_long), degree_long, bool(radial_hidden_long),
         radial_hidden_long, avg_num_neighbors, {},
     )  # fmt: skip
     short: Any = ShortEdges(r_short, last.irreps_out)
     modules["short_edges"] = short
-    last = _path(
-        modules, "", types, r_short, polynomial_cutoff_p, num_bessels, _hidden(num_layers, l_max, parity, num_features),
-        l_max, radial_mlp_depth, radial_mlp_width, short_neighbors, short.irreps_out,
+    last = append_path(
+        modules, "", types, r_short, polynomial_cutoff_p, num_bessels,
+        feature_irreps(num_layers, l_max, parity, num_features), l_max, radial_mlp_depth, radial_mlp_width,
+        short_neighbors, short.irreps_out,
     )  # fmt: skip
     modules["all_edges"] = AllEdges(last.irreps_out)
     last = _readouts(modules, multiscale_coupling, num_features, modules["all_edges"].irreps_out)
@@ -153,16 +159,18 @@ def MultiScaleNequIP(
     return ForceStressOutput(network, do_derivatives)
 
 
-def _check(
-    r_max: float, r_short: float, coupling: str, neighbors: dict[str, Any], at_least_0: dict[str, Any],
-    at_least_1: dict[str, Any],
-) -> None:  # fmt: skip
+def check_path(
+    r_max: float, r_short: float, neighbors: dict[str, Any], at_least_0: dict[str, Any], at_least_1: dict[str, Any]
+) -> None:
+    """Cutoffs, numbers of neighbours and sizes.
+
+    Raises:
+        ValueError: the first that is out of range, by its name.
+    """
     if not (is_number(r_max) and r_max > 0):
         raise ValueError(f"r_max: expected a finite length > 0 in Å, got {r_max!r}")
     if not (is_number(r_short) and 0 < r_short < r_max):
         raise ValueError(f"r_short: expected a length between 0 and r_max ({r_max} Å), got {r_short}")
-    if coupling not in _COUPLINGS:
-        raise ValueError(f"multiscale_coupling: expected one of {', '.join(_COUPLINGS)}, got {coupling!r}")
     require_sizes(at_least_0, least=0)
     require_sizes(at_least_1)
     for name, given in neighbors.items():
@@ -171,7 +179,7 @@ def _check(
                 raise ValueError(f"{name}: expected a finite number > 0, got {given!r}")
 
 
-def _hidden(layers: int, degree: int, parity: bool, features: int) -> list[Irreps]:
+def feature_irreps(layers: int, degree: int, parity: bool, features: int) -> list[Irreps]:
     """Feature irreps of every layer; the last has scalars only."""
     inner = Irreps([
         (features, (ell, p)) for ell in range(degree + 1) for p in ((1, -1) if parity else ((-1) ** ell,))
@@ -179,7 +187,7 @@ def _hidden(layers: int, degree: int, parity: bool, features: int) -> list[Irrep
     return [inner] * (layers - 1) + [Irreps([(features, (0, 1))])]
 
 
-def _path(
+def append_path(
     modules: dict[str, Any], prefix: str, types: list[str], r_max: float, cutoff: int, bessels: int,
     hidden: list[Irreps], degree: int, depth: int, width: int, neighbors: float | dict[str, float] | None,
     irreps_in: dict[str, Any],

@@ -11,8 +11,8 @@ from nequip.nn import GraphModuleMixin
 from nequip_ext.upstream.nn import register_fields
 
 __all__ = [
-    "ATOMS_LONG", "ENERGY_LONG", "ENERGY_SHORT", "LONG_ENERGY", "LONG_FEATURES", "AllEdges", "EnergyShares",
-    "FusedReadout", "ShortEdges", "ShortShare",
+    "ATOMS_LONG", "ENERGY_LONG", "ENERGY_SHORT", "LONG_ENERGY", "LONG_FEATURES", "AddedEnergy", "AllEdges",
+    "EnergyShares", "FusedReadout", "ShortEdges", "ShortShare",
 ]  # fmt: skip
 
 LONG_FEATURES = "multiscale_long_features"
@@ -162,4 +162,39 @@ class ShortShare(GraphModuleMixin, torch.nn.Module):
         """Set energy_short, which with energy_long is the total energy."""
         data.pop(ATOMS_LONG)
         data[ENERGY_SHORT] = data[AtomicDataDict.TOTAL_ENERGY_KEY] - data[ENERGY_LONG]
+        return data
+
+
+class AddedEnergy(GraphModuleMixin, torch.nn.Module):
+    """A long path's energy on top of a model's own: atomic and total energies, and the shares of the frames.
+
+    Args:
+        total: sum of the atoms' long energies over every frame.
+        scales: energy scale of every type (types, 1) in eV.
+        irreps_in: fields of the previous module.
+    """
+
+    _init_irreps: Any
+    scales: torch.Tensor
+
+    def __init__(self, total: torch.nn.Module, scales: torch.Tensor, irreps_in: dict[str, Any]) -> None:
+        super().__init__()
+        self.total = total
+        self.register_buffer("scales", scales)
+        self._init_irreps(
+            irreps_in=irreps_in, irreps_out={ATOMS_LONG: "1x0e", ENERGY_LONG: "1x0e", ENERGY_SHORT: "1x0e"}
+        )
+
+    def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
+        """Set atomic (n, 1), total, short and long energies (frames, 1)."""
+        atoms, frames = AtomicDataDict.PER_ATOM_ENERGY_KEY, AtomicDataDict.TOTAL_ENERGY_KEY
+        far = data.pop(LONG_ENERGY)
+        data.pop(LONG_FEATURES)
+        types = data[AtomicDataDict.ATOM_TYPE_KEY].view(-1)[: far.size(0)]  # ML-IAP: local atoms only
+        scales = torch.nn.functional.embedding(types, self.scales)
+        data[ATOMS_LONG] = scales * far.to(scales.dtype)
+        data = self.total(data)
+        data[atoms] = data[atoms] + data.pop(ATOMS_LONG)
+        data[ENERGY_SHORT] = data[frames]
+        data[frames] = data[frames] + data[ENERGY_LONG]
         return data

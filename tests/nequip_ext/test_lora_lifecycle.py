@@ -44,7 +44,7 @@ for atoms in ase.io.read("mace_lora/embedded/glycolamide_pbe0.extxyz.gz", "0:3",
         atoms.calc = NequIPCalculator.from_compiled_model(sys.argv[1], device="cpu")
         rows.append([atoms.get_potential_energy(), atoms.get_forces().ravel().tolist()])
         continue
-    data = compute_neighborlist_(from_ase(atoms), r_max=5.0)
+    data = compute_neighborlist_(from_ase(atoms), r_max=float(model.metadata["r_max"]))
     data["atom_types"] = torch.tensor([model.type_names.index(s) for s in atoms.get_chemical_symbols()])
     out = model(data)
     rows.append([float(out["total_energy"]), out["forces"].flatten().tolist()])
