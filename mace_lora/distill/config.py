@@ -79,12 +79,18 @@ class Filter(Strict):
 
     Attributes:
         deviation: largest force deviation of the committee, meV/Å.
+        noise: largest ratio of that deviation to the root mean square of the frame's forces; beyond it a label is
+            more noise than force.
+        net_force: largest sum of a frame's forces per atom, meV/Å; a potential has none, so it measures the noise of
+            labels made elsewhere (electronic structure that is not converged).
         energy: eV per atom above the lowest synthetic frame of the same composition.
         force: largest force of an atom, eV/Å.
         duplicates: distance of the teacher's features below which a frame repeats an earlier one; needs a MACE teacher.
     """
 
     deviation: float | None = Field(500.0, gt=0)
+    noise: float | None = Field(None, gt=0)
+    net_force: float | None = Field(10.0, gt=0)
     energy: float | None = Field(None, gt=0)
     force: float | None = Field(50.0, gt=0)
     duplicates: float | None = Field(None, ge=0)
@@ -172,6 +178,12 @@ class Distillation(Strict):
     workers: int = Field(1, ge=1)
     seed: int = 0
     report: str = Field("report", pattern=r"^[\w.-]+$")
+
+    @model_validator(mode="after")
+    def _check(self) -> Distillation:
+        if self.filter.noise is not None and not (self.teacher.flags and self.teacher.members > 1):
+            raise ValueError("filter: noise: needs a committee, which is teacher flags with 2 members or more")
+        return self
 
 
 def _none_of_ours(flags: dict[str, Any], names: tuple[str, ...] = _OURS) -> None:

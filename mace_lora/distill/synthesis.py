@@ -84,10 +84,15 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
     frames.sort(key=lambda a: int(a.info.get("input_index", 0)))
     dropped: dict[str, int] = {}
     count, deviation = len(frames), None
-    if config.filter.deviation is not None and len(committee) > 1:
+    if (config.filter.deviation or config.filter.noise) and len(committee) > 1:
         deviation = 1e3 * committee_deviation(frames, committee)
-        keep = deviation <= config.filter.deviation
+        keep = deviation <= (config.filter.deviation or np.inf)
         dropped["the committee disagrees"] = int((~keep).sum())
+        if config.filter.noise is not None:
+            size = [1e3 * float(np.sqrt((a.arrays["REF_forces"] ** 2).sum(1).mean())) for a in frames]
+            clear = deviation <= config.filter.noise * np.array(size)
+            dropped["more noise than force"] = int((keep & ~clear).sum())
+            keep &= clear
         frames = [a for a, k in zip(frames, keep, strict=True) if k]
     test = ase.io.read(config.test, ":")
     frames = _by_labels(frames, config.filter, dropped)
@@ -118,7 +123,13 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
 
 
 def _by_labels(frames: list[ase.Atoms], limits: Filter, dropped: dict[str, int]) -> list[ase.Atoms]:
-    """Frames within the windows of force and energy."""
+    """Frames within the windows of force and energy, whose forces add up to nothing."""
+    if limits.net_force is not None:
+        kept = [
+            a for a in frames
+            if 1e3 * np.linalg.norm(a.arrays["REF_forces"].sum(0)) <= limits.net_force * len(a)
+        ]  # fmt: skip
+        dropped["net force"], frames = len(frames) - len(kept), kept
     if limits.force is not None:
         kept = [a for a in frames if np.linalg.norm(a.arrays["REF_forces"], axis=1).max() <= limits.force]
         dropped["large force"], frames = len(frames) - len(kept), kept

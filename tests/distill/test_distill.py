@@ -125,22 +125,47 @@ def test_filters_and_leakage(place, tmp_path):
     frames[12].rotate(40, "x")  # the first 3 again: not among the rattled ones
     frames[13].positions += 3.0  # test frames, moved and turned
     frames[14].rotate(70, "z")
-    frames[15].arrays["REF_forces"] = frames[15].arrays["REF_forces"] + 30.0
+    frames[15].arrays["REF_forces"] = np.zeros((len(frames[15]), 3))
+    frames[15].arrays["REF_forces"][:2, 0] = 30.0, -30.0
     frames[16].info["REF_energy"] += 1.5 * len(frames[16])
     frames += [frames[2].copy()]
     frames[-1].info["input_index"] = 17
+    frames += [frames[3].copy()]
+    frames[-1].info["input_index"] = 18
+    frames[-1].arrays["REF_forces"] = frames[-1].arrays["REF_forces"] + 0.02  # eV/Å on every atom
     ase.io.write(tmp_path / "labelled.xyz", frames, format="extxyz")
     select_frames(config, tmp_path / "labelled.xyz", [f"mace:{place / 'base.model'}"], tmp_path)
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["dropped"] == {
-        "large force": 1, "high energy": 1, "equal to a test frame": 2, "repetition": 1,
+        "net force": 1, "large force": 1, "high energy": 1, "equal to a test frame": 2, "repetition": 1,
     }  # fmt: skip
     assert counts["kept"] == 13
     kept = [*ase.io.read(tmp_path / "synthetic.xyz", ":"), *ase.io.read(tmp_path / "synthetic_valid.xyz", ":")]
     assert sorted(a.info["input_index"] for a in kept) == list(range(13))
     config.filter = config.filter.model_copy(update={"force": 1e-3})
-    with pytest.raises(ValueError, match=r"filter: expected at least 10 synthetic frames to be left, got 0 of 18"):
+    with pytest.raises(ValueError, match=r"filter: expected at least 10 synthetic frames to be left, got 0 of 19"):
         select_frames(config, tmp_path / "labelled.xyz", [f"mace:{place / 'base.model'}"], tmp_path)
+
+
+def test_labels_that_are_more_noise_than_force(place, tmp_path):
+    """Two potentials disagree by the same about strong and weak forces; the weak ones go."""
+    config = read_config(place / "config.yaml")
+    frames: list[ase.Atoms] = ase.io.read(config.train, ":")[:10] * 2
+    frames = [a.copy() for a in frames]
+    for n, atoms in enumerate(frames):
+        atoms.rattle(0.01, seed=n)
+        atoms.info["input_index"] = n
+        atoms.arrays["REF_forces"] = (1.0 if n < 10 else 1e-3) * atoms.arrays["REF_forces"]
+    ase.io.write(tmp_path / "labelled.xyz", frames, format="extxyz")
+    committee = [f"mace:{place / 'base.model'}", "gfn2-xtb"]
+    config.filter = config.filter.model_copy(update={"deviation": None, "noise": 20.0, "duplicates": None})
+    select_frames(config, tmp_path / "labelled.xyz", committee, tmp_path)
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["dropped"]["more noise than force"] == 10 and counts["kept"] == 10
+    settings = config.model_dump()
+    settings["teacher"]["members"] = 1
+    with pytest.raises(ValueError, match="filter: noise: needs a committee, which is teacher flags with 2 members"):
+        type(config).model_validate(settings)
 
 
 def outcome(two: float, one: float, curve_two, curve_one) -> Outcome:
