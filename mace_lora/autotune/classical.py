@@ -222,4 +222,5 @@ def _compare(args: argparse.Namespace, saved: dict[str, Any], wanted: dict[str, 
 def multiscale_sizes(args: argparse.Namespace) -> list[str]:
     """Flags of a multiscale model, which its file brings in stage two."""
     names = [n for n in vars(args) if n.endswith("_long")]
-    return [n for n in (*names, "r_short", "multiscale_coupling", "long_range", "pme_smearing") if hasattr(args, n)]
+    own = ("r_short", "multiscale_coupling", "multiscale_split", "long_range", "pme_smearing")
+    return [n for n in (*names, *own) if hasattr(args, n)]

@@ -23,6 +23,7 @@ _ARCHITECTURE = {
     "model", "hidden_irreps", "num_channels", "max_L", "max_ell", "correlation", "r_max", "num_interactions",
     "num_radial_basis", "num_cutoff_basis", "radial_type", "radial_MLP", "MLP_irreps", "interaction",
     "interaction_first", "gate", "foundation_model", "r_short", "multiscale_coupling",
+    "multiscale_split",
 }  # fmt: skip
 _SAME = 1e-4  # Å, largest difference of the distances in equal frames
 _SHOWN = 256  # distances that a frame is compared by

@@ -14,7 +14,7 @@ from .config import Distillation, Training
 __all__ = ["Framework", "MaceStudent", "default_flags", "framework", "plain"]
 
 # a pre-trained multiscale model brings these
-_OF_MULTISCALE = ("r_short", "multiscale_coupling", "long_range", "pme_smearing")
+_OF_MULTISCALE = ("r_short", "multiscale_coupling", "multiscale_split", "long_range", "pme_smearing")
 
 
 class Framework(Protocol):

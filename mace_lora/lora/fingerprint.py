@@ -14,7 +14,7 @@ __all__ = ["fingerprint", "layer_fingerprint"]
 # Buffers that define the potential. Others (coupling tensors, masks) follow from the architecture
 # and the e3nn version.
 _BUFFERS = {
-    "atomic_numbers", "r_max", "atomic_energies", "scale", "shift", "scales", "shifts", "bessel_weights",
+    "atomic_numbers", "r_max", "r_inner", "atomic_energies", "scale", "shift", "scales", "shifts", "bessel_weights",
     "_rmax_recip", "norm_const",
 }  # fmt: skip
 # of NequIP's scalar MLPs

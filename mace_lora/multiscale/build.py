@@ -12,6 +12,7 @@ from mace.modules import interaction_classes
 from mace_lora.mace_plugin.model_parts import LinearReadoutBlock, ScaleShiftMACE
 
 from .model import MultiScaleMACE, last_linear
+from .split import split_ranges
 
 __all__ = ["LongPath", "build_long", "to_multiscale", "zero_long"]
 
@@ -101,7 +102,7 @@ def build_long(short: ScaleShiftMACE, r_max: float, sizes: LongPath, avg_num_nei
 def to_multiscale(
     short: ScaleShiftMACE, r_max: float, sizes: LongPath | None = None, *, coupling: str = "sum",
     avg_num_neighbors: float | None = None, zero: bool = True, long_range: str = "none",
-    pme_smearing: float | None = None, seed: int | None = None,
+    pme_smearing: float | None = None, split: bool = False, seed: int | None = None,
 ) -> MultiScaleMACE:  # fmt: skip
     """Put a long path beside a MACE, which keeps its weights and becomes the short path.
 
@@ -115,6 +116,7 @@ def to_multiscale(
             ``pme``: nearly so, since charges of zero would never grow).
         long_range: "none", or "pme" for learned charges and their Coulomb energy beyond r_max.
         pme_smearing: Å, see :class:`mace_lora.multiscale.pme.MultiScaleMACEPME`.
+        split: the long path leaves near neighbours to the short one, see ``SplitCutoff``.
         seed: of the long path's first weights; default torch's generator as it is. The same seed gives the same path.
 
     Raises:
@@ -125,7 +127,7 @@ def to_multiscale(
             torch.manual_seed(seed)
             return to_multiscale(
                 short, r_max, sizes, coupling=coupling, avg_num_neighbors=avg_num_neighbors, zero=zero,
-                long_range=long_range, pme_smearing=pme_smearing,
+                long_range=long_range, pme_smearing=pme_smearing, split=split,
             )  # fmt: skip
     r_short = float(short.r_max)
     if not r_max > 0:
@@ -134,6 +136,8 @@ def to_multiscale(
         avg_num_neighbors = float(short.interactions[0].avg_num_neighbors) * (r_max / r_short) ** 3
     long = build_long(short, r_max, sizes or LongPath(), avg_num_neighbors)
     long = long.to(next(short.parameters()).device)
+    if split:
+        split_ranges(long, r_short)
     if long_range == "pme":
         from .pme import MultiScaleMACEPME
 

@@ -26,7 +26,9 @@ from .checks import (
 
 __all__ = ["MultiscalePlugin"]
 
-_FLAGS = ("r_short", "multiscale_coupling", "multiscale_freeze_short", "long_range", "pme_smearing")
+_FLAGS = (
+    "r_short", "multiscale_coupling", "multiscale_split", "multiscale_freeze_short", "long_range", "pme_smearing",
+)  # fmt: skip
 
 
 class MultiscalePlugin(TrainPlugin):
@@ -58,6 +60,11 @@ class MultiscalePlugin(TrainPlugin):
         group.add_argument(
             "--multiscale_coupling", choices=("sum", "fused"),
             help="sum (default): the paths have readouts of their own; fused: one readout sees both",
+        )  # fmt: skip
+        group.add_argument(
+            "--multiscale_split", type=str2bool, nargs="?", const=True,
+            help="the long path leaves near neighbours to the short one: its radial functions are multiplied by one "
+            "minus the short path's cutoff function (default False)",
         )  # fmt: skip
         group.add_argument(
             "--multiscale_freeze_short", type=str2bool, nargs="?", const=True,
@@ -161,7 +168,8 @@ class MultiscalePlugin(TrainPlugin):
                 around = run.foundation is not None
                 recipe = {
                     "r_max": long, "coupling": coupling, "long_range": args.long_range or "none",
-                    "pme_smearing": args.pme_smearing, "seed": args.seed if around else None,
+                    "pme_smearing": args.pme_smearing, "split": bool(args.multiscale_split),
+                    "seed": args.seed if around else None,
                     "avg_num_neighbors": _neighbours(run.train_dataset, long)
                     if around
                     else run.state["avg_num_neighbors_long"],
@@ -208,12 +216,14 @@ class MultiscalePlugin(TrainPlugin):
 
 def _settings(run: Run, model: Any) -> dict[str, Any]:
     """Flag and value of everything that changes the model beside its weights."""
+    from .split import is_split
+
     pme = hasattr(model, "charges")
     sizes = {} if run.state.get("multiscale_foundation") else asdict(run.state["long_path"])
     return {
         "r_short": round(float(model.r_short), 4), "r_max": round(float(model.r_max), 4),
-        "multiscale_coupling": model.coupling, "long_range": "pme" if pme else "none",
-        "pme_smearing": round(model.smearing, 4) if pme else None,
+        "multiscale_coupling": model.coupling, "multiscale_split": is_split(model.long),
+        "long_range": "pme" if pme else "none", "pme_smearing": round(model.smearing, 4) if pme else None,
         "multiscale_freeze_short": bool(run.args.multiscale_freeze_short), **sizes,
     }  # fmt: skip
 

@@ -147,7 +147,8 @@ class MultiScaleMACEPME(MultiScaleMACE):
         if "pbc" in data and not bool(data["pbc"].all()):
             raise ValueError("long_range pme: expected frames that are periodic in all directions, got one that is not")
         batch, edges = data["batch"], data["edge_index"]
-        envelope = self.long.radial_embedding.cutoff_fn(lengths).squeeze(-1)
+        cutoff = self.long.radial_embedding.cutoff_fn  # near neighbours exchange charge, whatever the path leaves out
+        envelope = cutoff.calculate_envelope(lengths, cutoff.r_max, cutoff.p.to(torch.int)).squeeze(-1)
         charges = self.charges(data["node_attrs"], features, edges, envelope)
         cells = data["cell"].view(-1, 3, 3)
         if displacement is not None:

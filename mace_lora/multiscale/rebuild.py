@@ -12,6 +12,7 @@ from torch import nn
 from mace_lora.mace_plugin.model_parts import ScaleShiftMACE
 
 from .model import MultiScaleMACE, adopt, readout_like
+from .split import is_split, split_ranges
 
 __all__ = ["attach_long", "stock_paths"]
 
@@ -69,6 +70,8 @@ def attach_long(short: Any, source: Any, elements: Sequence[int]) -> MultiScaleM
             )  # fmt: skip
             _check_scale(short, source)
         long = long.to(next(short.parameters()).device)
+        if is_split(source.long):
+            split_ranges(long, float(source.r_short))
         model = _same_kind(short, long, source, elements)
         if model.fused:
             model.readouts.load_state_dict(source.readouts.state_dict())

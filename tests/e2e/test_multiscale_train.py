@@ -11,6 +11,8 @@ import torch
 from helpers import BIN, base_frames, flags, launch, train
 from mace.calculators import MACECalculator
 
+from mace_lora.multiscale.split import is_split
+
 SCRATCH = {
     "foundation_model": None, "lora": None, "lora_rank": None, "multiheads_finetuning": None,
     "model": "MultiScaleMACE", "r_short": 2.5, "r_max": 5.0, "hidden_irreps": "8x0e+8x1o", "max_ell": 2,
@@ -105,11 +107,12 @@ def test_evaluated_by_upstreams_command(job, tmp_path):
     assert float(exported.r_max) == 5.0  # LAMMPS makes its neighbour list by it
 
 
-@pytest.mark.parametrize("coupling", ["sum", "fused"])
-def test_around_a_foundation(job, tmp_path, coupling):
+@pytest.mark.parametrize(("coupling", "split"), [("sum", False), ("fused", False), ("sum", True)])
+def test_around_a_foundation(job, tmp_path, coupling, split):
     """lr 0: the foundation's predictions; then the long path alone; then a fine-tuning of the result."""
     frozen = {} if coupling == "fused" else {"multiscale_freeze_short": True}
     options = AROUND | {"multiscale_coupling": coupling, "default_dtype": "float64"}
+    options |= {"multiscale_split": True} if split else {}
     train(job, tmp_path / "still", **options | {"lr": 1e-30, "max_num_epochs": 1})
     train(job, tmp_path / "plain", lora=None, lora_rank=None, lr=1e-30, max_num_epochs=1, default_dtype="float64")
     frames = ase.io.read(job / "test.xyz", ":")
@@ -124,15 +127,18 @@ def test_around_a_foundation(job, tmp_path, coupling):
     if frozen:
         assert all(n.startswith("long.") for n in changed)
     more = {"foundation_model": tmp_path / "long" / "run.model", "r_max": None, "num_channels_long": None}
-    more |= {"multiscale_coupling": None}
+    more |= {"multiscale_coupling": None, "multiscale_split": None}
     train(job, tmp_path / "more", **options | more | {"lr": 1e-30, "max_num_epochs": 1})
     again = load(tmp_path / "more")
-    assert again.coupling == coupling and float(again.r_max) == 8.0
+    assert again.coupling == coupling and float(again.r_max) == 8.0 and is_split(again.long) == split
     for (_, f1), (_, f2) in zip(forces(tuned, frames), forces(again, frames), strict=True):
         np.testing.assert_allclose(f1, f2, atol=1e-6)
     if frozen:
         done = train(job, tmp_path / "long", check=False, **options | {"max_num_epochs": 4, "restart_latest": True})
         assert "--multiscale_freeze_short: True before, False now" in " ".join(done.stdout.split())
+        changed = options | {"max_num_epochs": 4, "restart_latest": True, "multiscale_split": not split}
+        done = train(job, tmp_path / "long", check=False, **changed)
+        assert f"--multiscale_split: {split} before, {not split} now" in " ".join(done.stdout.split())
     wrong = {"r_max": ({"r_max": 7.0}, "--r_max: expected 8 Å, the foundation's long cutoff, got 7; leave it out")}
     if coupling == "fused":
         wrong["freeze"] = (

@@ -26,10 +26,13 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def build(coupling: str = "sum", family: str = "agnostic", sizes: LongPath | None = None, **changes) -> MultiScaleMACE:
-    """A small model whose two paths both contribute."""
+    """A small model whose two paths both contribute; "split sum": the long one leaves near neighbours out."""
     torch.manual_seed(1)
     short = build_mace(family, r_max=SHORT, **changes)
-    model = to_multiscale(short, LONG, sizes or LongPath(num_channels_long=4), coupling=coupling, zero=False)
+    model = to_multiscale(
+        short, LONG, sizes or LongPath(num_channels_long=4), coupling=coupling.removeprefix("split "), zero=False,
+        split=coupling.startswith("split "),
+    )  # fmt: skip
     if coupling == "fused":
         with torch.no_grad():
             for parameter in model.readouts.parameters():
@@ -98,6 +101,21 @@ def test_fused_readouts_leave_nothing_unused():
         to_multiscale(build_mace("nonlinear", r_max=SHORT), LONG, LongPath(num_channels_long=4), coupling="fused")
 
 
+def test_split_long_path_sees_no_near_neighbours():
+    """Weight u(r)(1 - S(r)): nothing at 0, all of u beyond the short cutoff; adapters tell the two models apart."""
+    from mace_lora.lora.fingerprint import fingerprint
+
+    plain, split = build(), build("split sum")
+    old, new = (m.long.radial_embedding.cutoff_fn for m in (plain, split))
+    r = torch.tensor([[1e-3], [0.9], [SHORT], [3.5], [LONG]])
+    assert float(new(r)[0]) < 1e-12 and 0 < float(new(r)[1]) < 0.2 * float(old(r)[1])
+    torch.testing.assert_close(new(r)[2:], old(r)[2:])
+    assert fingerprint(plain) != fingerprint(split)
+    pair = [Atoms("CO", [[0, 0, 0], [0, 0, d]]) for d in (0.2, 3.0)]
+    shares = [evaluate(m, *pair)["energy_long"].abs() for m in (plain, split)]
+    assert shares[1][0] < 1e-3 * shares[0][0] and shares[1][1] > 1e-6
+
+
 def test_energies_are_split():
     model = build()
     out = evaluate(model, ethanol(), box(1))
@@ -111,7 +129,7 @@ def test_energies_are_split():
     assert out["energy_long"].abs().min() > 1e-4
 
 
-@pytest.mark.parametrize("coupling", ["sum", "fused"])
+@pytest.mark.parametrize("coupling", ["sum", "fused", "split sum"])
 def test_symmetries(coupling):
     """Rotation with inversion, translation, renumbering."""
     model, atoms = build(coupling), ethanol()
@@ -126,7 +144,7 @@ def test_symmetries(coupling):
     torch.testing.assert_close(a["forces"][order], c["forces"])
 
 
-@pytest.mark.parametrize("coupling", ["sum", "fused"])
+@pytest.mark.parametrize("coupling", ["sum", "fused", "split sum"])
 def test_forces_and_stress_are_derivatives(coupling):
     model, atoms, h = build(coupling), box(), 1e-5
     calculator = MACECalculator(models=[model], device="cpu", default_dtype="float64")
@@ -153,7 +171,7 @@ def test_forces_and_stress_are_derivatives(coupling):
 
 
 @pytest.mark.parametrize("cutoff", [SHORT, LONG])
-@pytest.mark.parametrize("coupling", ["sum", "fused"])
+@pytest.mark.parametrize("coupling", ["sum", "fused", "split sum"])
 def test_smooth_at_both_cutoffs(cutoff, coupling):
     """E, F and dF/dx are continuous where a neighbour enters the short or the long range."""
     model = build(coupling)
@@ -195,7 +213,7 @@ def test_extensive_and_isolated_atoms():
     torch.testing.assert_close(batch["energy"][0], one["energy"][0])
 
 
-@pytest.mark.parametrize("coupling", ["sum", "fused"])
+@pytest.mark.parametrize("coupling", ["sum", "fused", "split sum"])
 def test_isolated_atom_is_its_E0(coupling):
     model = build(coupling)
     for index, symbol in enumerate(("H", "C", "O")):
@@ -243,7 +261,7 @@ def test_accelerations_of_stock_models_are_refused(option):
         convert[option]()
 
 
-@pytest.mark.parametrize("coupling", ["sum", "fused"])
+@pytest.mark.parametrize("coupling", ["sum", "fused", "split sum"])
 def test_script_and_file(coupling, tmp_path):
     model = build(coupling)
     expected = evaluate(model, box())
@@ -267,7 +285,7 @@ def test_single_precision():
     torch.testing.assert_close(out["forces"].double(), expected["forces"], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("coupling", ["sum", "fused"])
+@pytest.mark.parametrize("coupling", ["sum", "fused", "split sum"])
 def test_taken_apart_and_put_together_for_fewer_elements(coupling):
     model = build(coupling)
     short, long = stock_paths(model)
