@@ -1,11 +1,11 @@
 """LoRA against full fine-tuning in NequIP: accuracy at 50 + 50 labels, by nequip-train itself.
 
-The base is a NequIP model pre-trained on the GFN2-xTB frames of every sixth molecule of the embedded base's recipe.
+The base is a NequIP model pre-trained on the GFN2-xTB frames of every third molecule of the embedded base's recipe.
 Both methods get the same frames, budget, aligned energy references and a learning-rate sweep on the first seed, widened
 past its edges; the best on its validation frames (geometric mean of energy and force MAE) is run on the other seeds.
 
-Command:  python recipes/embedded_base.py sample --every 6 --workdir build/embedded_sixth
-          python benchmarks/nequip_lora.py base --frames build/embedded_sixth/train.extxyz
+Command:  python recipes/embedded_base.py sample --every 3 --workdir build/embedded_third
+          python benchmarks/nequip_lora.py base --frames build/embedded_third/train.extxyz
           python benchmarks/nequip_lora.py run --data DIR --sets ethanol,3bpa
           python benchmarks/nequip_lora.py table
 Cost:     sampling and base about half an hour each on one CPU thread, runs 2 to 6 minutes.

@@ -81,8 +81,8 @@ class Filter(Strict):
         deviation: largest force deviation of the committee, meV/Å.
         noise: largest ratio of that deviation to the root mean square of the frame's forces; beyond it a label is
             more noise than force.
-        net_force: largest sum of a frame's forces per atom, meV/Å; a potential has none, so it measures the noise of
-            labels made elsewhere (electronic structure that is not converged).
+        net_force: largest sum of a frame's forces per atom, meV/Å; most potentials have none, so it measures the noise
+            of labels made elsewhere (electronic structure that is not converged).
         energy: eV per atom above the lowest synthetic frame of the same composition.
         force: largest force of an atom, eV/Å.
         duplicates: distance of the teacher's features below which a frame repeats an earlier one; needs a MACE teacher.

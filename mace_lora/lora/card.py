@@ -43,7 +43,7 @@ def model_card(content: Mapping[str, Any], run: Mapping[str, str], parameters: i
     ]
     for key in (
         "base_fingerprint", "foundation_fingerprint", "elements", "type_names", "r_max", "E0s", "energy_shifts",
-        "units", "level_of_theory", "heads", "e3nn_convention", "versions", "command", "data",
+        "long_path", "units", "level_of_theory", "heads", "e3nn_convention", "versions", "command", "data",
     ):  # fmt: skip
         if key in meta:
             lines.append(f"| {key.replace('_', ' ')} | `{meta[key]}` |")

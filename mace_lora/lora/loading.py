@@ -27,8 +27,8 @@ def load_adapter(
     """Add a saved adapter to its base model and make it the active one.
 
     A MACE foundation model from which the base was prepared (elements selected, energy references
-    set), or a NequIP model before its shifts and scales were changed, is accepted too: the same
-    preparation is then repeated first.
+    set), or a NequIP model before its shifts and scales were changed or a long path was put beside it, is accepted too:
+    the same preparation is then repeated first.
 
     Args:
         model: the base, or the foundation model it was made from; changed in place in the first
@@ -75,6 +75,10 @@ def _matching_base(model: nn.Module, saved: AdapterFile, path: Path) -> nn.Modul
 
         if not adapter_names(model):  # with adapters the base is as it was trained
             restore_energies(model, saved.metadata)
+            if saved.metadata.get("long_path"):
+                from nequip_ext.multiscale.around import restore_long_path
+
+                model = restore_long_path(model, saved.metadata["long_path"])
         check_adapter(saved, base_metadata(model) | {"base_fingerprint": fingerprint(model)}, path)
         return model
     expected, got = saved.metadata.get("base_fingerprint"), fingerprint(model)

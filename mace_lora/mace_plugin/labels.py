@@ -127,7 +127,11 @@ def _check_labelled(args: argparse.Namespace, where: str, frames: list[ase.Atoms
         )
 
 
-_WITH_STRESS = ("stress", "virials", "huber", "universal")  # upstream's losses that use it
+def _uses_stress(args: argparse.Namespace) -> bool:
+    """Whether the loss will use stress or virials; multi-head fine-tuning sets its own loss, which does."""
+    base = args.foundation_model
+    replay = base is not None and args.multiheads_finetuning and (args.pt_train_file or not Path(base).is_file())
+    return bool(replay) or args.loss in ("stress", "virials", "huber", "universal")
 
 
 def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str, limit: float) -> tuple[bool, bool]:
@@ -156,7 +160,7 @@ def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str, limit: 
                 f"{where}: force label of {largest:.4g} eV/A is absurd (limit {limit:g}); expected eV/A, check the "
                 "units, or remove the frame"
             )
-    for kind in ("stress", "virials") if args.loss in _WITH_STRESS else ():  # one NaN makes all weights NaN
+    for kind in ("stress", "virials") if _uses_stress(args) else ():  # one NaN makes all weights NaN
         label = label_of(atoms, kind, getattr(args, f"{kind}_key", kind))
         if label is not None and not np.isfinite(np.asarray(label, dtype=float)).all():
             raise SettingsError(f"{where}: {kind} label contains NaN or infinity; remove or relabel the frame")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import logging
 import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -185,10 +187,12 @@ def patch_run_train(module: ModuleType) -> None:
         @staticmethod
         def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
             """Write to a temporary name, and rename."""
-            if current_run() is None:
+            if current_run() is None or not isinstance(file, str | os.PathLike):
                 torch.jit.save(content, file, *args, **kwargs)
                 return
-            _or_exit(checkpoints.write_model, content, file, functools.partial(torch.jit.save, *args, **kwargs))
+            made = io.BytesIO()  # what cannot be scripted raises here, and upstream goes on without
+            torch.jit.save(content, made, *args, **kwargs)
+            _or_exit(checkpoints.write_model, made.getvalue(), file, lambda value, path: Path(path).write_bytes(value))
 
     module.torch = Torch("torch")  # type: ignore[attr-defined]
     module.torch.jit = Jit("torch.jit")

@@ -95,6 +95,11 @@ def LoRA(
         module_rank_pattern=_plain(module_rank_pattern or {}), targets=_plain(targets), exclude=_plain(exclude or ()),
         dense=_plain(dense),
     )  # fmt: skip
+    if getattr(inner, "equitune_long_path", {}).get("freeze_short"):
+        raise ValueError(
+            "model: freeze_short: nequip_ext.LoRA freezes every weight and adapts the short path; leave it out, or "
+            "leave LoRA out to train the long path alone"
+        )
     saved = None
     if adapter is not None:
         changed = [k for k, v in config.to_dict().items() if v != LoraConfig().to_dict()[k]]
@@ -134,9 +139,10 @@ def with_keys(config: Mapping[str, Any], model_dtype: str | None, compile_mode: 
     Raises:
         ValueError: another precision for a model from a file, which brings its own.
     """
-    if isinstance(config.get("model"), Mapping):  # nequip.model.modify
+    target = str(config.get("_target_", ""))
+    if isinstance(config.get("model"), Mapping) and not target.endswith("AddLongPath"):  # nequip.model.modify
         return dict(config) | {"model": with_keys(config["model"], model_dtype, compile_mode)}
-    if model_dtype is not None and str(config.get("_target_", "")).endswith(("FromCheckpoint", "FromPackage")):
+    if model_dtype is not None and target.endswith(("FromCheckpoint", "FromPackage")):
         raise ValueError(f"model_dtype: a model from a file brings its own; drop {model_dtype!r}, or train in another")
     given = {"model_dtype": model_dtype, "compile_mode": compile_mode}
     return dict(config) | {k: v for k, v in given.items() if v is not None}

@@ -31,6 +31,7 @@ def base_metadata(model: nn.Module) -> dict[str, Any]:
         "r_max": float(metadata["r_max"]),
         "model_dtype": metadata["model_dtype"],
         **_energies(model),
+        **({"long_path": dict(graph.equitune_long_path)} if hasattr(graph, "equitune_long_path") else {}),
         "units": "those of the training data (eV and Å in our recipes)",
         "e3nn_convention": _version("e3nn"),
         "versions": {p: _version(p) for p in ("nequip", "nequip-allegro", "e3nn", "torch", "equitune")},
@@ -72,7 +73,13 @@ def restore_energies(model: nn.Module, metadata: Mapping[str, Any]) -> None:
             per_type = dict(zip(names, wanted, strict=True)) if len(wanted) > 1 else wanted[0]
             changes[key.removeprefix("energy_")] = per_type
     if changes:
-        modify(model, [{"modifier": "modify_PerTypeScaleShift", **changes}])
+        try:
+            modify(model, [{"modifier": "modify_PerTypeScaleShift", **changes}])
+        except AssertionError as err:
+            raise ValueError(
+                f"model: NequIP's modifiers cannot be applied to it ({err}); a long path around a package has modules "
+                "of two kinds: package that model (nequip-package build), or start from a checkpoint"
+            ) from err
         _LOG.info("%s of the types set to those the adapter was trained with", " and ".join(changes))
 
 
@@ -101,6 +108,11 @@ def check_adapter(saved: AdapterFile, base: dict[str, Any], path: Path) -> None:
             f"adapter {path}: expected one of a NequIP-framework model, got one of "
             f"{f'a {kind} model' if kind == 'MACE' else 'another kind of model'}{f' ({name})' if name else ''}; "
             "adapters do not cross frameworks"
+        )
+    if theirs.get("long_path") and "long_path" not in base:
+        raise ValueError(
+            f"adapter {path}: its base has a long path; put the model into nequip_ext.AddLongPath with "
+            f"{theirs['long_path']}"
         )
     for key, what in (("type_names", "the same types in the same order"), ("r_max", "the same cutoff (Å)")):
         if theirs.get(key) != base[key]:

@@ -136,10 +136,10 @@ def _rewrite(source: Path, adapter: Path, target: Path) -> None:
         for mode in package_metadata(importer)["available_models"]:
             with cpu_deserialize_always():
                 models = importer.load_pickle("model", f"{mode}_model.pkl", map_location="cpu")
-            for model in models.values():
+            for name, model in list(models.items()):
                 if holds_adapter(model):
                     raise ValueError(f"{source}: it holds an unmerged adapter already; give the base of the adapter")
-                merge_lora(load_adapter(model, adapter))
+                models[name] = merge_lora(load_adapter(model, adapter))
             exporter.save_pickle("model", f"{mode}_model.pkl", models, dependencies=True)
 
 

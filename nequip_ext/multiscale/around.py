@@ -13,6 +13,7 @@ from nequip.model.utils import model_builder
 from nequip.nn import AtomwiseReduce, ForceStressOutput, GraphModel, ScalarMLP, SequentialGraphNetwork
 from torch import nn
 
+from nequip_ext.checks import is_number
 from nequip_ext.lora.builder import build_model, with_keys
 from nequip_ext.lora.metadata import holds_adapter
 from nequip_ext.upstream.build import energy_network
@@ -20,7 +21,7 @@ from nequip_ext.upstream.build import energy_network
 from .model import append_path, check_path, feature_irreps
 from .modules import ATOMS_LONG, ENERGY_LONG, LONG_ENERGY, LONG_FEATURES, AddedEnergy, AllEdges, ShortEdges
 
-__all__ = ["AddLongPath"]
+__all__ = ["AddLongPath", "restore_long_path"]
 
 _LOG = logging.getLogger("equitune")
 
@@ -45,7 +46,8 @@ def AddLongPath(
     """Put a light NequIP within ``r_max`` beside a model of a shorter cutoff (arXiv 2312.09490).
 
     The long path's readout starts at zero, so that energies and forces are the model's own at first. The model may be
-    NequIP, Allegro or PaiNN; it keeps its modules, and sees the edges within its own cutoff.
+    NequIP, Allegro or PaiNN; it keeps its modules, and sees the edges within its own cutoff. Around a package,
+    package the trained model before NequIP's modifiers (LAMMPS ML-IAP, accelerations) are applied to it.
 
     Args:
         model: config of the short-range model (``ModelFromCheckpoint``, ``ModelFromPackage``, a builder), or a
@@ -74,6 +76,10 @@ def AddLongPath(
         raise ValueError(f"model: expected the config of a model or a built one, got {model!r}")
     if not isinstance(freeze_short, bool):
         raise ValueError(f"freeze_short: expected true or false, got {freeze_short!r}")
+    if isinstance(model, nn.Module) and model_dtype is not None:
+        raise ValueError(f"model_dtype: a built model brings its own; drop {model_dtype!r}")
+    if isinstance(model, Mapping) and _compiled_inside(model):
+        raise ValueError("model: compile_mode: give it to nequip_ext.AddLongPath, which makes one model of the two")
     built: Any = model if isinstance(model, nn.Module) else build_model(with_keys(model, model_dtype, None))
     if isinstance(built, nn.ModuleDict):  # a checkpoint's models by name
         if len(built) != 1:
@@ -85,10 +91,15 @@ def AddLongPath(
         raise ValueError(
             "model: it has a LoRA adapter; merge it (equitune merge), or wrap AddLongPath in nequip_ext.LoRA"
         )
+    network = energy_network(built)
     if type_names is not None and list(type_names) != list(built.type_names):
         raise ValueError(f"type_names: expected the model's {list(built.type_names)}, got {list(type_names)}")
     metadata = dict(built.metadata)
     r_short = float(metadata["r_max"])
+    if is_number(r_max) and r_max <= r_short:
+        raise ValueError(f"r_max: expected more than the model's own cutoff ({r_short:g} Å), got {r_max:g}")
+    if not is_number(avg_num_neighbors):
+        raise ValueError(f"avg_num_neighbors: expected a finite number > 0, got {avg_num_neighbors!r}")
     degree = max_L_long if max_ell_long is None else max_ell_long
     check_path(
         r_max, r_short, {"avg_num_neighbors": avg_num_neighbors},
@@ -100,11 +111,22 @@ def AddLongPath(
         built.requires_grad_(False)
     options = {} if compile_mode is None else {"compile_mode": compile_mode}
     out: GraphModel = _around(
-        network=energy_network(built), derivatives=bool(built.model.do_derivatives), r_short=r_short, r_max=r_max,
+        network=network, derivatives=bool(built.model.do_derivatives), r_short=r_short, r_max=r_max,
         neighbors=avg_num_neighbors, hidden=feature_irreps(num_layers_long, max_L_long, False, num_channels_long),
         degree=degree, width=radial_hidden_long, bessels=num_radial_basis_long, cutoff=polynomial_cutoff_p,
         type_names=list(built.type_names), seed=seed, model_dtype=metadata["model_dtype"], **options,
     )  # fmt: skip
+    out.equitune_long_path = {
+        "r_max": float(r_max), "avg_num_neighbors": float(avg_num_neighbors), "num_layers_long": num_layers_long,
+        "num_channels_long": num_channels_long, "max_L_long": max_L_long, "max_ell_long": degree,
+        "num_radial_basis_long": num_radial_basis_long, "radial_hidden_long": radial_hidden_long,
+        "polynomial_cutoff_p": polynomial_cutoff_p, "seed": seed, "freeze_short": freeze_short,
+    }  # fmt: skip
+    if num_layers_long > 1 and any(".allegro." in f".{type(m).__module__}." for m in network.modules()):
+        _LOG.warning(
+            "Allegro with a long path of %d layers is not strictly local any more: LAMMPS's pair_allegro would give "
+            "wrong forces; use num_layers_long: 1, or ASE, pair_nequip or ML-IAP", num_layers_long,
+        )  # fmt: skip
     trained = sum(p.numel() for p in out.parameters() if p.requires_grad)
     _LOG.info("long path to %g Å beside a model of %g Å: %d values train", r_max, r_short, trained)
     return out
@@ -117,9 +139,11 @@ def _around(
 ) -> ForceStressOutput:  # fmt: skip
     """Long path, then the model on its own edges, then the long path's energy on top."""
     modules: dict[str, Any] = {}
+    # the first module's inputs are the model's: charges, for example
     last = append_path(
-        modules, "long_", type_names, r_max, cutoff, bessels, hidden, degree, bool(width), width, neighbors, {}
-    )
+        modules, "long_", type_names, r_max, cutoff, bessels, hidden, degree, bool(width), width, neighbors,
+        dict(network.irreps_in),
+    )  # fmt: skip
     short: Any = ShortEdges(r_short, last.irreps_out)
     modules["short_edges"] = short
     modules["short"] = network
@@ -134,6 +158,24 @@ def _around(
     far = AtomwiseReduce(field=ATOMS_LONG, out_field=ENERGY_LONG, reduce="sum")
     modules["long_energy"] = AddedEnergy(far, _scales(network, len(type_names)), readout.irreps_out)
     return ForceStressOutput(SequentialGraphNetwork(modules), derivatives)
+
+
+def restore_long_path(model: Any, recipe: Mapping[str, Any]) -> Any:
+    """The long path that an adapter's base had beside it; a model that has one stays as it is.
+
+    Args:
+        model: GraphModel of the short range.
+        recipe: ``long_path`` of the adapter's metadata.
+    """
+    if hasattr(model, "equitune_long_path"):
+        return model
+    mode = "compile" if getattr(model, "is_compile_graph_model", False) else None
+    return AddLongPath(model, compile_mode=mode, **recipe)
+
+
+def _compiled_inside(config: Mapping[str, Any]) -> bool:
+    inner = config.get("model")
+    return config.get("compile_mode", "eager") != "eager" or (isinstance(inner, Mapping) and _compiled_inside(inner))
 
 
 def _scales(network: nn.Module, types: int) -> torch.Tensor:

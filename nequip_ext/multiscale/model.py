@@ -193,7 +193,7 @@ def append_path(
     irreps_in: dict[str, Any],
 ) -> Any:  # fmt: skip
     """Append NequIP's embeddings and interactions for one range; returns the last module."""
-    embed = NodeTypeEmbed(type_names=types, num_features=hidden[0].count("0e"))
+    embed = NodeTypeEmbed(type_names=types, num_features=hidden[0].count("0e"), irreps_in=irreps_in)
     irreps = {**irreps_in, **embed.irreps_out}
     spharm = SphericalHarmonicEdgeAttrs(irreps_edge_sh=repr(Irreps.spherical_harmonics(degree)), irreps_in=irreps)
     norm = EdgeLengthNormalizer(r_max=r_max, type_names=types, irreps_in=spharm.irreps_out)

@@ -50,7 +50,7 @@ class ShortEdges(GraphModuleMixin, torch.nn.Module):
         lengths = data[AtomicDataDict.EDGE_LENGTH_KEY]
         data[_INDEX], data[_VECTORS], data[_LENGTHS] = index, vectors, lengths
         data[_NORMED] = data[AtomicDataDict.NORM_LENGTH_KEY]
-        _drop_norm_factor(data)
+        _drop_edge_values(data)
         inner = torch.nonzero(lengths.view(-1) < self.r_short).view(-1)
         data[AtomicDataDict.EDGE_INDEX_KEY] = torch.index_select(index, 1, inner)
         data[AtomicDataDict.EDGE_VECTORS_KEY] = torch.index_select(vectors, 0, inner)
@@ -73,17 +73,19 @@ class AllEdges(GraphModuleMixin, torch.nn.Module):
         data[AtomicDataDict.EDGE_VECTORS_KEY] = data.pop(_VECTORS)
         data[AtomicDataDict.EDGE_LENGTH_KEY] = data.pop(_LENGTHS)
         data[AtomicDataDict.NORM_LENGTH_KEY] = data.pop(_NORMED)
-        for key in (AtomicDataDict.EDGE_ATTRS_KEY, AtomicDataDict.EDGE_EMBEDDING_KEY, AtomicDataDict.EDGE_CUTOFF_KEY):
-            if key in data:
-                data.pop(key)
-        _drop_norm_factor(data)
+        _drop_edge_values(data)
         return data
 
 
-def _drop_norm_factor(data: AtomicDataDict.Type) -> None:
-    """NequIP keeps 1/sqrt(avg_num_neighbors) in the data and takes it again; each path has its own."""
-    if AtomicDataDict.FEATURE_NORM_FACTOR_KEY in data:
-        data.pop(AtomicDataDict.FEATURE_NORM_FACTOR_KEY)
+def _drop_edge_values(data: AtomicDataDict.Type) -> None:
+    """What belongs to the edges of the path that ends; 1/sqrt(avg_num_neighbors) too, which NequIP would take again."""
+    for key in (
+        AtomicDataDict.EDGE_ATTRS_KEY, AtomicDataDict.EDGE_EMBEDDING_KEY, AtomicDataDict.EDGE_CUTOFF_KEY,
+        AtomicDataDict.EDGE_FEATURES_KEY, AtomicDataDict.EDGE_ENERGY_KEY, AtomicDataDict.EDGE_TYPE_KEY,
+        AtomicDataDict.FEATURE_NORM_FACTOR_KEY,
+    ):  # fmt: skip
+        if key in data:
+            data.pop(key)
 
 
 class FusedReadout(GraphModuleMixin, torch.nn.Module):
@@ -194,7 +196,10 @@ class AddedEnergy(GraphModuleMixin, torch.nn.Module):
         scales = torch.nn.functional.embedding(types, self.scales)
         data[ATOMS_LONG] = scales * far.to(scales.dtype)
         data = self.total(data)
-        data[atoms] = data[atoms] + data.pop(ATOMS_LONG)
+        added, own = data.pop(ATOMS_LONG), data[atoms]
+        if AtomicDataDict.LMP_MLIAP_DATA_KEY in data:  # Allegro has rows for ghost atoms too
+            added = torch.cat((added, torch.zeros_like(own[added.size(0) :])), 0)
+        data[atoms] = own + added
         data[ENERGY_SHORT] = data[frames]
         data[frames] = data[frames] + data[ENERGY_LONG]
         return data

@@ -170,6 +170,16 @@ def test_labels(job, tmp_path, monkeypatch, spoil, message):
         run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "bad.xyz", **loss)
 
 
+def test_stress_labels_that_the_loss_of_replay_will_use(job, tmp_path, monkeypatch):
+    """Multi-head fine-tuning sets a loss with stress, whatever --loss says; without it nobody looks at them."""
+    frames = dft_frames("train", 5)
+    spoil_stress(frames[3])
+    ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
+    replay = {"multiheads_finetuning": "True", "pt_train_file": job / "train.xyz"}
+    with pytest.raises(SystemExit, match=r"stress label contains NaN or infinity; remove or relabel the frame"):
+        run(job, tmp_path / "w", monkeypatch, train_file=tmp_path / "bad.xyz", **replay)
+
+
 def test_element_missing_in_the_base(job, tmp_path, monkeypatch):
     frames = dft_frames("train", 5)
     for atoms in frames:

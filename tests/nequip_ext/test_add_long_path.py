@@ -1,6 +1,7 @@
 """AddLongPath: a model of a short cutoff, as it was, with a long path beside it."""
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ import nequip_ext
 
 pytestmark = pytest.mark.nequip
 LONG = {"r_max": 6.0, "avg_num_neighbors": 8.0}
+FRAMES = ROOT / "mace_lora" / "embedded" / "glycolamide_pbe0.extxyz.gz"
+SET_UP = "from nequip.utils.global_state import set_global_state; set_global_state()\n"
 
 
 @pytest.fixture(scope="session", params=["float64"])
@@ -26,10 +29,12 @@ def model_dtype(request):
 class TestUpstream(Upstream):
     """What NequIP asks of an energy model."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture(scope="class", params=["nequip", "allegro", "painn"])
     @classmethod
-    def config(cls):
-        short = {k: v for k, v in MODELS["nequip"].items() if k not in ("seed", "type_names")}
+    def config(cls, request):
+        if request.param == "allegro":
+            pytest.importorskip("allegro")
+        short = {k: v for k, v in MODELS[request.param].items() if k not in ("seed", "type_names")}
         inner = short | {"seed": 1, "type_names": ["H", "C", "O"], "model_dtype": "float64", "r_max": 3.0}
         return {"_target_": "nequip_ext.AddLongPath", "model": inner, "seed": 123, "r_max": 4.0,
                 "avg_num_neighbors": 6.0, "type_names": ["H", "C", "O"]}  # fmt: skip
@@ -121,6 +126,86 @@ def test_smooth_at_both_cutoffs(cutoff):
     assert abs((forces[3] - forces[2]) - (forces[1] - forces[0])) / eps < 2e-2
 
 
+def test_inputs_of_the_model_beyond_atoms():
+    """A model with an embedding of the total charge still gets it."""
+    fields = [{"field": "charge", "num_features": 4, "min": -2, "max": 2}]
+    data = molecule()
+    data["charge"] = torch.tensor([[1]])
+    plain, both = (f("nequip", {"categorical_graph_field_embed": fields}) for f in (build_with, around_with))
+    charged, expected = energy_forces(both, data), energy_forces(plain, data)
+    torch.testing.assert_close(charged, expected, atol=1e-10, rtol=0)
+    data["charge"] = torch.tensor([[-1]])
+    assert abs(energy_forces(both, data)[0] - charged[0]).item() > 1e-6
+
+
+def build_with(name: str, changes: dict):
+    return build(name, **changes)
+
+
+def around_with(name: str, changes: dict):
+    return nequip_ext.AddLongPath(model={"model_dtype": "float64", **MODELS[name], **changes}, **LONG)
+
+
+def test_rows_of_ghost_atoms():
+    """In LAMMPS ML-IAP Allegro's atomic energies have rows for ghosts, the long path's have not."""
+    from nequip.nn import AtomwiseReduce
+
+    from nequip_ext.multiscale.modules import ATOMS_LONG, ENERGY_LONG, LONG_ENERGY, LONG_FEATURES, AddedEnergy
+
+    far = AtomwiseReduce(field=ATOMS_LONG, out_field=ENERGY_LONG, reduce="sum")
+    irreps = {LONG_ENERGY: "1x0e", AtomicDataDict.PER_ATOM_ENERGY_KEY: "1x0e", AtomicDataDict.TOTAL_ENERGY_KEY: "1x0e"}
+    module = AddedEnergy(far, torch.tensor([[2.0], [3.0]]), irreps)
+    data = {
+        AtomicDataDict.PER_ATOM_ENERGY_KEY: torch.tensor([[1.0], [1.0], [0.5]]), LONG_FEATURES: torch.zeros(2, 4),
+        AtomicDataDict.TOTAL_ENERGY_KEY: torch.tensor([[2.5]]), LONG_ENERGY: torch.tensor([[0.1], [0.2]]),
+        AtomicDataDict.ATOM_TYPE_KEY: torch.tensor([0, 1, 1]), AtomicDataDict.LMP_MLIAP_DATA_KEY: object(),
+    }  # fmt: skip
+    out = module(data)
+    torch.testing.assert_close(out[AtomicDataDict.PER_ATOM_ENERGY_KEY], torch.tensor([[1.2], [1.6], [0.5]]))
+    torch.testing.assert_close(out[ENERGY_LONG], torch.tensor([[0.8]]))
+
+
+def test_allegro_is_not_strictly_local_any_more(caplog):
+    pytest.importorskip("allegro")
+    around("allegro")
+    assert "Allegro with a long path of 2 layers is not strictly local any more" in caplog.text
+    caplog.clear()
+    around("allegro", num_layers_long=1)
+    assert "strictly local" not in caplog.text
+
+
+def test_compile_mode_from_outside():
+    """The two paths are one model: LoRA hands the mode to AddLongPath, and the inner model has none of its own."""
+    inner = {"model_dtype": "float64", **MODELS["nequip"]}
+    whole = {"_target_": "nequip_ext.AddLongPath", "model": inner, **LONG}
+    assert nequip_ext.LoRA(model=whole, compile_mode="compile").is_compile_graph_model
+    with pytest.raises(ValueError, match="model: compile_mode: give it to nequip_ext"):
+        nequip_ext.AddLongPath(model=inner | {"compile_mode": "compile"}, **LONG)
+    with pytest.raises(ValueError, match="model_dtype: a built model brings its own; drop 'float32'"):
+        nequip_ext.AddLongPath(model=build("nequip"), model_dtype="float32", **LONG)
+    with pytest.raises(ValueError, match="freezes every weight and adapts the short path"):
+        nequip_ext.LoRA(model=whole | {"freeze_short": True})
+
+
+def test_adapter_of_both_paths_goes_onto_the_short_model(tmp_path):
+    """The adapter knows how the long path was made; NequIP's builder is told in words."""
+    from nequip_models import randomise
+
+    from mace_lora import load_adapter, save_adapter
+
+    inner = {"_target_": "nequip_ext.AddLongPath", "model": {"model_dtype": "float64", **MODELS["nequip"]}, **LONG}
+    trained = nequip_ext.LoRA(model=inner | {"seed": 5}, rank=2, dense=["long_"])
+    assert not any(".long_" in n and ".lora_A." in n for n, _ in trained.named_parameters())
+    randomise(trained)
+    save_adapter(trained, tmp_path / "adapter")
+    assert "long path" in (tmp_path / "adapter" / "README.md").read_text()
+    again = load_adapter(build("nequip"), tmp_path / "adapter")
+    for data in (molecule(), chain(1.2, 5.0)):
+        torch.testing.assert_close(energy_forces(again, data), energy_forces(trained, data), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="its base has a long path; put the model into nequip_ext"):
+        nequip_ext.LoRA(model={"model_dtype": "float64", **MODELS["nequip"]}, adapter=str(tmp_path / "adapter"))
+
+
 def test_what_trains():
     frozen, free = around("nequip", freeze_short=True), around("nequip")
     trained = {n for n, p in frozen.named_parameters() if p.requires_grad}
@@ -147,8 +232,9 @@ def test_lora_on_the_model_and_the_long_path_in_full():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r_max": 4.0}, r"r_short: expected a length between 0 and r_max \(4.0 Å\), got 4.0"),
+        ({"r_max": 4.0}, r"r_max: expected more than the model's own cutoff \(4 Å\), got 4"),
         ({"r_max": float("nan")}, "r_max: expected a finite length > 0 in Å, got nan"),
+        ({"avg_num_neighbors": {"H": 3}}, "avg_num_neighbors: expected a finite number > 0, got {'H': 3}"),
         ({"avg_num_neighbors": 0}, "avg_num_neighbors: expected a finite number > 0, got 0"),
         ({"num_layers_long": 0}, "num_layers_long: expected a positive whole number, got 0"),
         ({"max_ell_long": -1}, "max_ell_long: expected a whole number of at least 0, got -1"),
@@ -170,6 +256,8 @@ def test_models_that_have_what_it_adds():
 
     with pytest.raises(ValueError, match="model: expected a short-range model, got one that has a long path already"):
         around("multiscale")
+    with pytest.raises(ValueError, match="model: expected a NequIP-framework model whose derivatives"):
+        nequip_ext.AddLongPath(model=torch.nn.Linear(1, 1), **LONG)
     with pytest.raises(ValueError, match="model: it has a LoRA adapter; merge it"):
         nequip_ext.AddLongPath(model=lora("nequip"), **LONG)
 
@@ -213,3 +301,30 @@ def test_around_a_package(base, tmp_path):
     trained = predict(tmp_path / "run" / "best.ckpt", "")
     call(BIN / "nequip-package", "build", tmp_path / "run" / "best.ckpt", longer)
     assert close(predict(longer, "block"), trained, 1e-5, 1e-3)
+    modifiers = "from nequip.model.modify_utils import get_all_modifiers; from nequip.model.saved_models import *\n"
+    code = f"{modifiers}print(len(get_all_modifiers(load_saved_model('{longer}'))))"
+    assert int(call(sys.executable, "-c", SET_UP + code).splitlines()[-1]) > 1
+
+
+def test_merge_into_a_package_of_the_short_model(base, tmp_path):
+    from nequip.utils.global_state import set_global_state
+    from nequip_models import randomise
+
+    from mace_lora import save_adapter
+    from nequip_ext.lora.saved import load_nequip, merge_package
+
+    set_global_state()
+    model = nequip_ext.LoRA(model=nequip_ext.AddLongPath(load_nequip(base), r_max=7.0, avg_num_neighbors=12.0), rank=2)
+    randomise(model, std=0.02)
+    save_adapter(model, tmp_path / "adapter")
+    merge_package(base, tmp_path / "adapter", tmp_path / "merged.nequip.zip")
+    shown = predict(tmp_path / "merged.nequip.zip", "block")
+    import ase.io
+    from nequip.data import compute_neighborlist_, from_ase
+
+    for (energy, forces), atoms in zip(shown, ase.io.read(FRAMES, "0:3", format="extxyz"), strict=True):
+        data = compute_neighborlist_(from_ase(atoms), r_max=7.0)
+        data["atom_types"] = torch.tensor([model.type_names.index(s) for s in atoms.get_chemical_symbols()])
+        out = model(data)
+        assert abs(out["total_energy"].item() - energy) < 1e-3
+        torch.testing.assert_close(out["forces"].flatten().double(), torch.tensor(forces).double(), atol=1e-3, rtol=0)
