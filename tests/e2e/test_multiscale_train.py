@@ -154,7 +154,8 @@ def test_lora_around_a_foundation_and_on_a_multiscale_base(job, tmp_path):
     from mace_lora.lora.calculator import load_calculator
 
     work = tmp_path / "first"
-    done = train(job, work, **AROUND | {"lora": True, "lora_rank": 2, "default_dtype": "float64", "lr": 0.01})
+    own = {"lora": True, "lora_rank": 2, "default_dtype": "float64", "lr": 0.01, "multiscale_split": True}
+    done = train(job, work, **AROUND | own)
     assert "writing the adapter" in done.stdout
     model = load(work)
     assert type(model).__name__ == "MultiScaleMACE"
