@@ -24,7 +24,7 @@ from mace_lora.atomic import atomic_path
 from .distributed import RANKS
 from .protocol import Run, SettingsError
 
-__all__ = ["check_restart", "collect", "is_best", "lock", "resume", "write", "write_model"]
+__all__ = ["check_restart", "collect", "is_best", "lock", "resume", "write"]
 
 _held: list[Any] = []
 
@@ -76,22 +76,6 @@ def write(io: Any, checkpoint: dict[str, Any], epochs: int, keep_last: bool, sav
     old, io.old_path = io.old_path, str(path)
     if not io.keep and old and not keep_last and old != str(path):
         Path(old).unlink(missing_ok=True)
-
-
-def write_model(content: Any, file: str | os.PathLike[str], save: Callable[..., None]) -> None:
-    """Write a model file completely, or leave the old one.
-
-    Raises:
-        SettingsError: the disk is full or not writable.
-    """
-    try:
-        with atomic_path(Path(file)) as temporary:
-            save(content, temporary)
-    except (OSError, RuntimeError) as err:  # torch reports a failed write as RuntimeError
-        raise SettingsError(
-            f"--model_dir: cannot write {file} ({err}); free some space, and give the same command with "
-            "--restart_latest: training is done"
-        ) from err
 
 
 @torch.no_grad()

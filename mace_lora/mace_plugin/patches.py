@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import logging
-import os
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import nn
 from . import checkpoints, distributed
 from .contract import require
 from .energies import restore_energy_references
+from .model_files import atomic_torch
 from .protocol import Run, SettingsError, current_run, load_plugins, run_training, start_run
 
 __all__ = [
@@ -164,38 +162,7 @@ def patch_run_train(module: ModuleType) -> None:
             params = [p for p in params if p.requires_grad]
         return original(params, *args, **kwargs)
 
-    class Torch(ModuleType):
-        """torch, as the command knows it."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        @staticmethod
-        def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-            """Write to a temporary name, and rename."""
-            if current_run() is None or not isinstance(file, str | os.PathLike):
-                torch.save(content, file, *args, **kwargs)
-                return
-            _or_exit(checkpoints.write_model, content, file, functools.partial(torch.save, *args, **kwargs))
-
-    class Jit(ModuleType):
-        """torch.jit, likewise."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch.jit, name)
-
-        @staticmethod
-        def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-            """Write to a temporary name, and rename."""
-            if current_run() is None or not isinstance(file, str | os.PathLike):
-                torch.jit.save(content, file, *args, **kwargs)
-                return
-            made = io.BytesIO()  # what cannot be scripted raises here, and upstream goes on without
-            torch.jit.save(content, made, *args, **kwargs)
-            _or_exit(checkpoints.write_model, made.getvalue(), file, lambda value, path: Path(path).write_bytes(value))
-
-    module.torch = Torch("torch")  # type: ignore[attr-defined]
-    module.torch.jit = Jit("torch.jit")
+    module.torch = atomic_torch(_or_exit)  # type: ignore[attr-defined]
 
 
 def patch_lora(module: ModuleType) -> None:
