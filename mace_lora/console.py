@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-__all__ = ["MODEL_HELP", "Dtype", "console", "is_nequip_file", "model_from", "print_json"]
+__all__ = ["MODEL_HELP", "Dtype", "console", "is_nequip_file", "model_from", "print_json", "require_device"]
 
 Dtype = Literal["float32", "float64"]
 MODEL_HELP = (
@@ -50,3 +50,23 @@ def model_from(source: Path, adapter: Path | None = None) -> Any:
 
         model = load_model(source)
     return model if adapter is None else merge_lora(load_adapter(model, adapter))
+
+
+def require_device(device: str, name: str) -> str:
+    """A device that torch can compute on.
+
+    Args:
+        device: cpu, cuda, cuda:1, ….
+        name: of the option, for the message.
+
+    Raises:
+        ValueError: torch cannot; why.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:  # the latter from builds without CUDA
+        why = str(err).partition("\n")[0]
+        raise ValueError(f"{name}: expected cpu, or cuda on a machine with a GPU, got {device!r} ({why})") from err
+    return device

@@ -30,6 +30,7 @@ from active_liquid import SMILES, keep_settings, start_frames, write
 
 from mace_lora.atomic import write_text
 from mace_lora.augment import Schedule, cluster, keep_sound, label, sample_md, stretch_bond
+from mace_lora.console import require_device
 from mace_lora.data import require_sound
 
 BIN = Path(sys.executable).parent
@@ -97,8 +98,8 @@ def train(folder: Path, model: str, data: str, sizes: dict[str, Any], nequip: Pa
             f"--hidden_irreps={sizes['hidden']}", "--max_ell=2", "--correlation=2", f"--lr={sizes['lr']}",
             "--batch_size=4", "--valid_batch_size=8", f"--max_num_epochs={epochs}", "--eval_interval=2", "--ema",
             "--ema_decay=0.99", "--scheduler=ExponentialLR", f"--lr_scheduler_gamma={0.05 ** (1 / epochs):.5f}",
-            "--loss=weighted", "--energy_weight=1", "--forces_weight=100", "--default_dtype=float32", "--device=cpu",
-            "--error_table=TotalMAE", "--plot=False", "--restart_latest", *mace_flags(model),
+            "--loss=weighted", "--energy_weight=1", "--forces_weight=100", "--default_dtype=float32",
+            f"--device={device()}", "--error_table=TotalMAE", "--plot=False", "--restart_latest", *mace_flags(model),
         ]  # fmt: skip
         with (work / "output.log").open("a") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log, env=one_thread())
@@ -123,6 +124,7 @@ def train_nequip(folder: Path, work: Path, model: str, data: str, sizes: dict[st
         else:
             network["r_short"] = SHORT
         config["training_module"]["model"] = network
+        config["trainer"] = {"accelerator": "cpu" if device() == "cpu" else "gpu"}
         config |= {"types": ["C", "N", "F"], "r_max": LONG, "run": ["train"]}
         config |= {"folder": str(work.resolve()), "epochs": sizes["epochs"], "batch_size": 4}
         files = {"train": data, "val": "valid", "test": "test"}
@@ -143,6 +145,10 @@ def train_nequip(folder: Path, work: Path, model: str, data: str, sizes: dict[st
     return work / "best.ckpt"
 
 
+def device() -> str:
+    return os.environ.get("EQUITUNE_DEVICE", "cpu")  # main sets it; labelers of potentials read it
+
+
 def one_thread() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -152,7 +158,7 @@ def evaluate(folder: Path, model: str, file: Path, part: str, nequip: Path | Non
     out = file.parent / f"errors_{part}"
     if not (out / "errors.json").is_file():
         program = (nequip if "NequIP" in model and nequip is not None else BIN) / "equitune"
-        command = [program, "evaluate", file, folder / f"{part}.xyz", "-o", out]
+        command = [program, "evaluate", file, folder / f"{part}.xyz", "-o", out, "--device", device()]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=one_thread())
     return json.loads((out / "errors.json").read_text())
 
@@ -232,12 +238,17 @@ def main(
         Path | None, typer.Option(help="bin folder of an environment with NequIP, for its rows")
     ] = None,
     workers: Annotated[int, typer.Option(help="processes for labels and dynamics; one thread each")] = 1,
+    on: Annotated[str, typer.Option("--device", help="cpu or cuda, for training, errors and dynamics")] = "cpu",
 ) -> None:
     """Data, training, errors, stability, structure, report."""
     if scale not in SCALES:
         raise SystemExit(f"--scale: expected one of {', '.join(SCALES)}, got {scale!r}")
     if nequip_bin is not None and not (nequip_bin / "nequip-train").is_file():
         raise SystemExit(f"--nequip-bin: no nequip-train in {nequip_bin}")
+    try:
+        os.environ["EQUITUNE_DEVICE"] = require_device(on, "--device")
+    except ValueError as err:
+        raise SystemExit(str(err)) from err
     sizes = SCALES[scale]
     keep_settings(folder, {"scale": scale, "sizes": sizes})
     make_data(folder, sizes, workers)

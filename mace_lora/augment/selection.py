@@ -233,7 +233,9 @@ def _adapters(members: Sequence[str]) -> Callable[[ase.Atoms], float] | None:
         return None
     from mace_lora import load_committee
 
-    committee = load_committee(parts[0][0], [p[2] for p in parts], default_dtype="float64")
+    from .labelers.models import device
+
+    committee = load_committee(parts[0][0], [p[2] for p in parts], default_dtype="float64", device=device())
 
     def evaluate(atoms: ase.Atoms) -> float:
         committee.calculate(atoms)

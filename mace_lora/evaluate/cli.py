@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from
+from mace_lora.console import MODEL_HELP, Dtype, console, is_nequip_file, model_from, require_device
 
 __all__ = ["evaluate", "learning_curve"]
 
@@ -107,20 +107,10 @@ def _potential(model: str, adapter: Path | None, head: str | None, device: str, 
         if adapter is not None or head is not None or (device, dtype) != ("cpu", "float64"):
             raise ValueError(f"--adapter, --head, --device, --dtype: {model} is a potential by name; leave them out")
         return open_labeler(model)
-    _require_device(device)
+    require_device(device, "--device")
     loaded = model_from(path, adapter)
     _require_elements(loaded, path, frames)
     return _nequip(loaded, head, device) if is_nequip_file(path) else _calculator(loaded, head, device, dtype)
-
-
-def _require_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as err:  # the latter from builds without CUDA
-        why = str(err).partition("\n")[0]
-        raise ValueError(f"--device: expected cpu, or cuda on a machine with a GPU, got {device!r} ({why})") from err
 
 
 def _require_elements(model: Any, path: Path, frames: list[Any]) -> None:

@@ -268,3 +268,10 @@ def test_what_was_there_is_told(tmp_path):
     assert "other input" not in shown[0]
     assert "2 more frames, labelled from other input, are in it as before" in shown[1]
     assert len(ase.io.read(tmp_path / "o.xyz", ":")) == 4
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    pytest.importorskip("mace")
+    monkeypatch.setenv("EQUITUNE_DEVICE", "gpu")
+    with pytest.raises(ValueError, match="EQUITUNE_DEVICE: expected cpu, or cuda on a machine with a GPU, got 'gpu'"):
+        open_labeler("mace:embedded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import ase
 
 from .registry import Factory, Method
 
-__all__ = ["METHODS"]
+__all__ = ["METHODS", "device"]
 
 
 def _file(kind: str, argument: str) -> tuple[Path, Path | None]:
@@ -24,6 +25,17 @@ def _file(kind: str, argument: str) -> tuple[Path, Path | None]:
         if path is not None and not path.exists() and path != Path("embedded"):
             raise ValueError(f"labeler {kind}: no file {path}")
     return base, folder
+
+
+def device() -> str:
+    """Where machine-learned potentials compute: $EQUITUNE_DEVICE, else the CPU.
+
+    Raises:
+        ValueError: torch cannot compute there.
+    """
+    from mace_lora.console import require_device
+
+    return require_device(os.environ.get("EQUITUNE_DEVICE", "cpu"), "EQUITUNE_DEVICE")
 
 
 def _known(calculator: Any, elements: set[str], name: str) -> Factory:
@@ -52,7 +64,7 @@ def _mace(argument: str) -> tuple[Factory, str]:
     model = model_from(path).double()
     if adapter is not None:
         model = merge_lora(load_adapter(model, adapter))
-    calculator = MACECalculator(models=[model], device="cpu", default_dtype="float64")
+    calculator = MACECalculator(models=[model], device=device(), default_dtype="float64")
     elements = {chemical_symbols[int(z)] for z in model.atomic_numbers}
     return _known(calculator, elements, "mace"), f"MACE {argument}"
 
@@ -63,13 +75,13 @@ def _nequip(argument: str) -> tuple[Factory, str]:
 
     path, adapter = _file("nequip", argument)
     model = model_from(path, adapter)
-    return _known(calculator(model, "cpu"), set(model.type_names), "nequip"), f"NequIP {argument}"
+    return _known(calculator(model, device()), set(model.type_names), "nequip"), f"NequIP {argument}"
 
 
 def _sevennet(argument: str) -> tuple[Factory, str]:
     from sevenn.calculator import SevenNetCalculator
 
-    calculator = SevenNetCalculator(argument, device="cpu")
+    calculator = SevenNetCalculator(argument, device=device())
     return (lambda atoms: calculator), f"SevenNet {argument}"
 
 
