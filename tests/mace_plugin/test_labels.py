@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("mace")
 
+from mace.tools import build_default_arg_parser
+
 from mace_lora.mace_plugin import labels
 from mace_lora.mace_plugin.protocol import SettingsError
 
@@ -15,11 +17,9 @@ pytestmark = pytest.mark.mace
 
 
 def arguments(path, **changes):
-    values = {
-        "heads": None, "train_file": str(path), "valid_file": None, "test_file": None,
-        "energy_key": "REF_energy", "forces_key": "REF_forces", "energy_weight": 1.0, "forces_weight": 100.0,
-    } | changes  # fmt: skip
-    return argparse.Namespace(**values)
+    """What upstream's parser makes of a training file, with some values changed."""
+    args = build_default_arg_parser().parse_args(["--name", "labels", "--train_file", str(path)])
+    return argparse.Namespace(**(vars(args) | changes))
 
 
 def frame(symbols="OH", energy=-1.0, forces=True):
