@@ -1,20 +1,22 @@
-"""Files that are never half-written (temporary name in the same folder, then rename), folders with one writer."""
+"""Files never half-written (temporary name, then rename), folders with one writer and of one set of settings."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["atomic_path", "content_digest", "lock", "only_writer", "write_text"]
+__all__ = ["atomic_path", "content_digest", "keep_settings", "lock", "only_writer", "write_text"]
 
+LONGEST_SHOWN = 30  # characters of a setting in a message
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -62,6 +64,39 @@ def content_digest(path: str | os.PathLike[str]) -> str:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def keep_settings(
+    folder: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    *,
+    names: Mapping[str, str] | None = None,
+    error: Callable[[str], Exception] = ValueError,
+) -> None:
+    """Write settings.json of a folder that is worked on in several goes, and refuse to go on with other settings.
+
+    Args:
+        folder: made when missing.
+        settings: what JSON can hold.
+        names: words for keys of ``settings`` in the message.
+        error: class of the exception, e.g. ``typer.BadParameter``.
+
+    Raises:
+        ValueError: (or ``error``) the folder was begun with other settings; which ones, and both values if short.
+    """
+    file, now = Path(folder) / "settings.json", json.loads(json.dumps(settings))  # tuples are lists in the file
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+    changed = []
+    for key in now:
+        old, new = (repr(values.get(key)) for values in (before, now))
+        if old != new:
+            values = f": {old} before, {new} now" if max(len(old), len(new)) <= LONGEST_SHOWN else ""
+            changed.append((names or {}).get(key, key) + values)
+    if changed:
+        raise error(
+            f"{folder}: it was begun with other settings ({'; '.join(changed)}); give those again, or another folder"
+        )
+    write_text(file, json.dumps(now, indent=1) + "\n")
 
 
 def lock(file: IO[Any]) -> bool:

@@ -19,13 +19,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import ase.io
 import typer
 import yaml
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, keep_settings, write_text
 from mace_lora.augment import Schedule, cluster, keep_sound, label, molecule, pack, sample_md
 from mace_lora.data.check import require_sound
 from mace_lora.evaluate.machine import machine
@@ -51,27 +51,6 @@ SCALES = {
 def write(path: Path, frames: list[ase.Atoms]) -> None:
     with atomic_path(path) as temporary:
         ase.io.write(temporary, frames, format="extxyz", write_results=False)
-
-
-def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down what a folder is made with, and refuse to go on with something else.
-
-    Args:
-        folder: of the recipe.
-        settings: scale and sizes.
-
-    Raises:
-        SystemExit: the folder holds runs of other settings.
-    """
-    file, now = folder / "settings.json", json.loads(json.dumps(settings))  # tuples are lists in the file
-    if file.is_file() and (before := json.loads(file.read_text())) != now:
-        changed = [f"{k}: {before.get(k)} before, {now.get(k)} now" for k in now if before.get(k) != now[k]]
-        raise SystemExit(
-            f"--folder: expected a folder of these settings, got {folder} ({'; '.join(changed)}); give the settings "
-            "as before, or another --folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 def start_frames(folder: Path, count: int, molecules: int, workers: int) -> Path:
@@ -185,7 +164,7 @@ def main(
     sizes, begin = dict(SCALES[scale]), time.time()
     if scratch:
         sizes |= {"start": 4 * sizes["start"], "per_round": 2 * sizes["per_round"], "epochs": 3 * sizes["epochs"] // 2}
-    keep_settings(folder, {"scale": scale, "scratch": scratch, "sizes": sizes})
+    keep_settings(folder, {"scale": scale, "scratch": scratch, "sizes": sizes}, error=typer.BadParameter)
     start_frames(folder, sizes["start"], sizes["molecules"], workers)
     if not (folder / "base.model").exists():
         subprocess.run([BIN / "equitune", "export-base", folder / "base.model", "--dtype", "float32"], check=True)

@@ -34,6 +34,7 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.optimize import BFGS
 from tqdm import tqdm
 
+from mace_lora.atomic import keep_settings
 from mace_lora.data import require_sound
 
 NAME = "organic_small"
@@ -174,10 +175,7 @@ def check_settings(workdir: Path, every: int) -> None:
         "rattles_A": list(RATTLES_A),
         "max_force": MAX_FORCE,
     }
-    path = workdir / "settings.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != now:
-        raise SystemExit(f"{workdir} was made with other molecules or settings; give another --workdir")
-    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    keep_settings(workdir, now, error=typer.BadParameter)
 
 
 @app.command()

@@ -26,9 +26,9 @@ import ase.io
 import numpy as np
 import typer
 import yaml
-from active_liquid import SMILES, keep_settings, start_frames, write
+from active_liquid import SMILES, start_frames, write
 
-from mace_lora.atomic import write_text
+from mace_lora.atomic import keep_settings, write_text
 from mace_lora.augment import Schedule, cluster, keep_sound, label, sample_md, stretch_bond
 from mace_lora.console import require_device
 from mace_lora.data import require_sound
@@ -250,7 +250,7 @@ def main(
     except ValueError as err:
         raise SystemExit(str(err)) from err
     sizes = SCALES[scale]
-    keep_settings(folder, {"scale": scale, "sizes": sizes})
+    keep_settings(folder, {"scale": scale, "sizes": sizes}, error=typer.BadParameter)
     make_data(folder, sizes, workers)
     files, rows = {}, []
     for model in sizes["models"]:

@@ -38,7 +38,7 @@ import typer
 import yaml
 from ase.build import bulk
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, keep_settings, write_text
 from mace_lora.augment import Schedule, label, sample_md
 from mace_lora.data import require_sound
 from mace_lora.evaluate.machine import machine
@@ -87,15 +87,12 @@ def named(source: str) -> str:
 
 def settings_of(folder: Path, wanted: dict[str, str] | None = None) -> dict[str, Any]:
     """Scale and dynamics of a folder; other ones are refused."""
+    if wanted is not None:
+        keep_settings(folder, wanted, error=typer.BadParameter)
     file = folder / "settings.json"
     if not file.is_file():
-        if wanted is None:
-            raise typer.BadParameter(f"run the command frames first: no {file}", param_hint="--folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(wanted) + "\n")
-    found = json.loads(file.read_text())
-    if wanted is not None and found != wanted:
-        raise typer.BadParameter(f"{folder} holds runs of {found}", param_hint="--folder")
+        raise typer.BadParameter(f"run the command frames first: no {file}", param_hint="--folder")
+    found: dict[str, Any] = json.loads(file.read_text())
     return found
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import typer
 import yaml
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, keep_settings, write_text
 from mace_lora.augment import Schedule, keep_sound, label, open_labeler, rattle, sample_md
 from mace_lora.augment.perturb import bare
 from mace_lora.autotune.advice import with_labels
@@ -76,18 +76,6 @@ def write(path: Path, frames: list[ase.Atoms]) -> Path:
     return path
 
 
-def claim(folder: Path, settings: dict[str, str]) -> None:
-    """Keep a folder to its first settings."""
-    file = folder / "settings.json"
-    before = json.loads(file.read_text()) if file.is_file() else settings
-    changed = [f"{k}: {before.get(k)!r} before, {v!r} now" for k, v in settings.items() if before.get(k) != v]
-    if changed:
-        raise typer.BadParameter(
-            f"{folder} has other settings ({'; '.join(changed)}); give those, or another folder", param_hint="--folder"
-        )
-    write_text(file, json.dumps(settings) + "\n")
-
-
 def settings_of(folder: Path) -> dict[str, str]:
     """Scale and methods of a folder."""
     file = folder / "settings.json"
@@ -124,7 +112,8 @@ def prepare(
         atoms.set_cell(None)
         atoms.pbc = False
     starts = starts[: sizes["molecules"]]
-    claim(folder, {"scale": scale, "classical": classical, "quantum": quantum})
+    settings = {"scale": scale, "classical": classical, "quantum": quantum}
+    keep_settings(folder, settings, error=typer.BadParameter)
     if not (folder / "start.xyz").exists():  # those that the classical potential can describe
         label(starts, folder / "start.xyz", classical, workers=workers)
     starts = [bare(a) for a in ase.io.read(folder / "start.xyz", ":")]

@@ -33,7 +33,7 @@ import yaml
 from ase import units
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, keep_settings, write_text
 from mace_lora.augment import Schedule, label, molecule, open_labeler, pack, sample_md
 from mace_lora.augment.dynamics import thermalize_momenta
 from mace_lora.augment.perturb import bare
@@ -79,14 +79,7 @@ def claim(folder: Path, scale: str, classical: str) -> dict[str, Any]:
     """Sizes of a scale; a folder is kept to its first one, and to its classical model."""
     if scale not in SCALES:
         raise typer.BadParameter(f"expected {SCALE_HELP}, got {scale!r}", param_hint="--scale")
-    file, settings = folder / "settings.json", {"scale": scale, "classical": classical}
-    before = json.loads(file.read_text()) if file.is_file() else settings
-    changed = [f"{k}: {before.get(k)!r} before, {v!r} now" for k, v in settings.items() if before.get(k) != v]
-    if changed:
-        raise typer.BadParameter(
-            f"{folder} has other settings ({'; '.join(changed)}); give those, or another folder", param_hint="--folder"
-        )
-    write_text(file, json.dumps(settings) + "\n")
+    keep_settings(folder, {"scale": scale, "classical": classical}, error=typer.BadParameter)
     return dict(SCALES[scale])
 
 

@@ -29,7 +29,7 @@ import typer
 import yaml
 from ase import units
 
-from mace_lora.atomic import atomic_path, content_digest, write_text
+from mace_lora.atomic import atomic_path, content_digest, keep_settings, write_text
 from mace_lora.data import require_sound
 from mace_lora.evaluate.machine import machine
 
@@ -182,10 +182,8 @@ def main(
     for molecule in molecules.split(","):  # before the folder is claimed
         read(data, molecule)
     known = base if base == "embedded" else f"{Path(base).name} {content_digest(base)[:8]}"
-    settings, file = {"scale": scale, "base": known, "data": str(data.resolve())}, folder / "settings.json"
-    if file.is_file() and json.loads(file.read_text()) != settings:
-        raise typer.BadParameter(f"{folder} holds runs of {json.loads(file.read_text())}", param_hint="--folder")
-    write_text(file, json.dumps(settings) + "\n")
+    settings = {"scale": scale, "base": known, "data": str(data.resolve())}
+    keep_settings(folder, settings, error=typer.BadParameter)
     for seed in seeds.split(","):
         for molecule in molecules.split(","):
             place = folder / f"{molecule}-s{seed}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import io
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ try:
 except ImportError:  # older ASE
     from ase.md.velocitydistribution import MaxwellBoltzmannDistribution as thermalize_momenta
 
-from mace_lora.atomic import atomic_path, only_writer, write_text
+from mace_lora.atomic import atomic_path, keep_settings, only_writer
 
 from .executors import open_executor
 from .journal import Journal, frame_key
@@ -261,10 +260,4 @@ def _same_settings(
         "with": with_, "seed": seed, "schedules": [asdict(s) for s in schedules],
         "starts": [frame_key(a, with_) for a in starts],
     }  # fmt: skip
-    file = folder / "settings.json"
-    if file.is_file() and json.loads(file.read_text()) != content:
-        raise ValueError(
-            f"{folder}: it holds unfinished trajectories of other settings; give the same frames and options to go "
-            "on, or remove it to start anew"
-        )
-    write_text(file, json.dumps(content) + "\n")
+    keep_settings(folder, content, names={"with": "potential", "starts": "start frames"})

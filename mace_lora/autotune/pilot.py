@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import ase
 import ase.io
 import numpy as np
 
-from mace_lora.atomic import atomic_path, write_text
+from mace_lora.atomic import atomic_path, keep_settings
 from mace_lora.augment import Schedule, frame_key, label, open_labeler, sample_md
 from mace_lora.augment.perturb import bare
 from mace_lora.evaluate.metrics import Errors, errors, predict
@@ -100,10 +99,7 @@ def pilot(
         "potential": open_labeler(with_).identity, "classical": classical, "epochs": epochs,
         "temperatures": list(temperatures), "seed": seed,
     }  # fmt: skip
-    file = folder / "settings.json"
-    if file.is_file() and json.loads(file.read_text()) != settings:
-        raise ValueError(f"{folder}: its pilot is of other frames or settings; give another folder, or remove it")
-    write_text(file, json.dumps(settings) + "\n")
+    keep_settings(folder, settings)
     for name, part in (("train", few), ("valid", valid)):
         _write(folder / f"{name}.xyz", part, energy_key, forces_key)
     labelled = folder / "classical.xyz"

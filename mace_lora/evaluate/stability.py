@@ -14,7 +14,7 @@ import numpy as np
 from ase import units
 from ase.md.verlet import VelocityVerlet
 
-from mace_lora.atomic import write_text
+from mace_lora.atomic import keep_settings, write_text
 from mace_lora.augment.dynamics import Schedule, run_trajectory, thermalize_momenta
 from mace_lora.augment.executors import open_executor
 from mace_lora.augment.journal import frame_key
@@ -122,7 +122,8 @@ def stability(
         "with": potential.identity, "seed": seed, "limit": limit, "every": every, "steps": steps // every * every,
         **asdict(schedule),
     }  # fmt: skip
-    _same_settings(folder, settings | {"starts": [frame_key(a, potential.identity) for a in starts]})
+    everything = settings | {"starts": [frame_key(a, potential.identity) for a in starts]}
+    keep_settings(folder, {key: everything[key] for key in _GIVEN}, names=_GIVEN)
     jobs = [(s, r) for s in range(len(starts)) for r in range(replicas)]
     found: dict[tuple[int, int], Survival] = {}
     with open_executor(executor, workers, 1) as (pool, _):
@@ -146,19 +147,6 @@ def stability(
     }  # fmt: skip
     write_text(folder / "stability.json", json.dumps(content, indent=1) + "\n")
     return rows
-
-
-def _same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Trajectories of other frames or options must neither be reported nor continued as these."""
-    file = folder / "settings.json"
-    old = json.loads(file.read_text()) if file.is_file() else settings
-    if old != settings:
-        changed = [name for key, name in _GIVEN.items() if old.get(key) != settings[key]]
-        raise ValueError(
-            f"{folder}: its trajectories are of other settings (changed: {', '.join(changed)}); give another folder, "
-            "or remove it"
-        )
-    write_text(file, json.dumps(settings) + "\n")
 
 
 def _survive(

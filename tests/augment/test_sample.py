@@ -226,7 +226,7 @@ def test_other_settings_are_not_mixed(tmp_path):
     folder = tmp_path / "out.xyz.trajectories"
     folder.mkdir()
     (folder / "settings.json").write_text("{}")
-    with pytest.raises(ValueError, match="unfinished trajectories of other settings"):
+    with pytest.raises(ValueError, match="begun with other settings"):
         sample_md([start], tmp_path / "out.xyz", "emt", [SHORT])
     with pytest.raises(ValueError, match="starts: expected at least one frame"):
         sample_md([], tmp_path / "out.xyz", "emt", [SHORT])

@@ -37,7 +37,7 @@ def test_pilot_trains_both_and_continues(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.model")}
     assert pilot(few, "uff", tmp_path, **options) == found
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.model")}
-    with pytest.raises(ValueError, match="its pilot is of other frames or settings"):
+    with pytest.raises(ValueError, match="it was begun with other settings"):
         pilot(few, "mmff94", tmp_path, **options)
     ase.io.write(tmp_path / "few.xyz", few, format="extxyz")
     done = subprocess.run(
@@ -49,7 +49,7 @@ def test_pilot_trains_both_and_continues(tmp_path):
         [PROGRAM, "transfer-check", "few.xyz", "--with", "uff", "--pilot", "."], cwd=tmp_path, capture_output=True,
         text=True,
     )  # fmt: skip
-    assert other.returncode == 2 and "its pilot is of other frames or settings" in other.stderr
+    assert other.returncode == 2 and "it was begun with other settings" in other.stderr
 
 
 def test_verdicts():

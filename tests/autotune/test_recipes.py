@@ -28,10 +28,7 @@ def test_laptop_scale_has_enough_classical_frames():
 
 
 def test_a_folder_keeps_its_scale(tmp_path):
-    qm9, water = script("recipes/t_painn_qm9.py"), script("recipes/t_painn_water.py")
-    qm9.claim(tmp_path / "q", {"scale": "smoke", "classical": "mmff94", "quantum": "gfn2-xtb"})
-    with pytest.raises(typer.BadParameter, match=r"has other settings .*scale: 'smoke' before, 'laptop' now"):
-        qm9.claim(tmp_path / "q", {"scale": "laptop", "classical": "mmff94", "quantum": "gfn2-xtb"})
+    water = script("recipes/t_painn_water.py")
     assert water.claim(tmp_path / "w", "smoke", "openmm:spce.xml")["frames"] == 6
     for scale, message in (("laptop", "scale: 'smoke' before, 'laptop' now"), ("big", "expected one of smoke, laptop")):
         with pytest.raises(typer.BadParameter, match=message):

@@ -129,10 +129,11 @@ def test_folder_of_another_run(tmp_path):
     out = tmp_path / "out"
     stability(tmp_path / "n2.xyz", "emt", out, **SMALL)
     before = {f.name: f.read_bytes() for f in out.iterdir()}
-    message = r"out: its trajectories are of other settings \(changed: {}\); give another folder, or remove it"
+    message = r"out: it was begun with other settings \({}\); give those again, or another folder"
     with pytest.raises(ValueError, match=message.format("start frames")):
         stability(tmp_path / "ethanol.xyz", "emt", out, **SMALL)
-    with pytest.raises(ValueError, match=message.format("temperature, steps, seed")):
+    changed = "temperature: .* before, 200.0 now; steps: 10 before, 20 now; seed: 0 before, 1 now"
+    with pytest.raises(ValueError, match=message.format(changed)):
         stability(tmp_path / "n2.xyz", "emt", out, **(SMALL | {"steps": 20}), temperature=200.0, seed=1)
     assert before == {f.name: f.read_bytes() for f in out.iterdir()}
     stability(tmp_path / "n2.xyz", "emt", out, **SMALL)  # the same again

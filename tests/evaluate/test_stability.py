@@ -60,7 +60,7 @@ def test_bound_survives_and_unbound_collapses(tmp_path):
     before = {f.name: f.read_bytes() for f in (tmp_path / "bad").glob("*.xyz")}
     assert stability([nitrogen()], tmp_path / "bad", "potentials:unbound", **options) == bad  # nothing runs again
     assert before == {f.name: f.read_bytes() for f in (tmp_path / "bad").glob("*.xyz")}
-    with pytest.raises(ValueError, match="its trajectories are of other settings"):
+    with pytest.raises(ValueError, match="it was begun with other settings"):
         stability([nitrogen()], tmp_path / "bad", "potentials:unbound", **(options | {"temperature": 200.0}))
 
 
