@@ -111,10 +111,14 @@ def lock(file: IO[Any]) -> bool:
 
 
 @contextmanager
-def only_writer(folder: str | os.PathLike[str]) -> Iterator[int]:
+def only_writer(folder: str | os.PathLike[str], name: str = ".equitune.lock") -> Iterator[int]:
     """Keep other runs of ours out of a folder.
 
     The lock is the operating system's and ends with the last process that has its file open.
+
+    Args:
+        folder: made when missing.
+        name: of the lock's file in it.
 
     Yields:
         file descriptor for ``pass_fds`` of a child that writes there, so that the lock outlives a killed parent.
@@ -124,7 +128,7 @@ def only_writer(folder: str | os.PathLike[str]) -> Iterator[int]:
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    with (place / ".equitune.lock").open("w") as held:
+    with (place / name).open("w") as held:
         if not lock(held):
             raise ValueError(
                 f"folder {place}: another run is writing there now; wait for it to end, or choose another folder"

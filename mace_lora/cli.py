@@ -202,6 +202,8 @@ def merge(
     ] = None,
 ) -> None:
     """Fold an adapter into its base: a stock MACE .model or NequIP package that needs no equitune."""
+    if output.resolve() == Path(base).resolve() or adapter.resolve() in output.resolve().parents:
+        raise ValueError(f"--output: {output} is the base, or in the adapter's folder; choose another name")
     if is_nequip_file(base):
         from nequip_ext.lora.saved import merge_package
 
@@ -216,8 +218,6 @@ def merge(
 
     if output.suffix != ".model":
         raise ValueError(f"--output: expected a name that ends in .model, got {output}")
-    if output.resolve() == Path(base).resolve() or adapter.resolve() in output.resolve().parents:
-        raise ValueError(f"--output: {output} is the base, or in the adapter's folder; choose another name")
     model = model_from(base, adapter)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))

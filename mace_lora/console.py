@@ -29,7 +29,13 @@ def print_json(content: Any) -> None:
 
 
 def is_nequip_file(path: Path) -> bool:
-    """Whether a path is meant as a NequIP package or checkpoint."""
+    """Whether a path is meant as a NequIP package or checkpoint.
+
+    Raises:
+        ValueError: a compiled model, whose weights nobody can read.
+    """
+    if str(path).endswith((".nequip.pt2", ".nequip.pth", ".pt2")):
+        raise ValueError(f"{path}: a compiled model cannot be read; give the checkpoint or package it was made from")
     return str(path).endswith((".nequip.zip", ".ckpt"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning
@@ -14,27 +14,55 @@ from torch import nn
 
 from mace_lora.lora.blocks import is_kind
 from mace_lora.lora.energies import solve_offsets
+from nequip_ext.checks import require_flags, require_sizes
+from nequip_ext.upstream.build import energy_network
 
-__all__ = ["AlignEnergies", "check_data", "predict", "refit", "residuals_of", "training_batches"]
+__all__ = ["AlignEnergies", "WithTrainingFrames", "check_data", "predict", "refit", "residuals_of"]
 
 _LOG = logging.getLogger("equitune")
 
 
-class AlignEnergies(lightning.Callback):
-    """Refit the energy shifts of the types to the training frames before a training starts.
+class WithTrainingFrames(lightning.Callback):
+    """A callback that looks at some of the training frames again and again.
 
-    For fine-tuning with all weights, also after a classical stage: without it the first epochs are spent on a constant.
-    Prints the residual before and after; a continued training is left alone.
+    Args:
+        max_frames: how many; spread over the set.
+    """
+
+    def __init__(self, max_frames: int) -> None:
+        super().__init__()
+        require_sizes({"max_frames": max_frames})
+        self.max_frames = max_frames
+        self._batches: list[dict[str, Any]] = []
+
+    def batches(self, trainer: lightning.Trainer) -> Iterator[dict[str, Any]]:
+        """The frames on the training's device; their neighbour lists are made once."""
+        if not self._batches:
+            self._batches = list(training_batches(trainer, self.max_frames))
+        device = trainer.strategy.root_device
+        for batch in self._batches:
+            yield {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Let go of the frames."""
+        self._batches = []
+
+
+class AlignEnergies(WithTrainingFrames):
+    """Refit the energy shifts of the types to the training frames, at the start and before every validation.
+
+    For fine-tuning with all weights, also after a classical stage: without it the first epochs are spent on a constant,
+    and the best epoch is the one whose constant happens to be small. Prints the residual before and after.
 
     Args:
         max_frames: training frames used.
+        every_validation: refit before every validation too (energies of these frames, no forces).
     """
 
-    def __init__(self, max_frames: int = 200) -> None:
-        super().__init__()
-        if max_frames < 1:
-            raise ValueError(f"max_frames: expected at least 1, got {max_frames}")
-        self.max_frames = max_frames
+    def __init__(self, max_frames: int = 200, every_validation: bool = True) -> None:
+        super().__init__(max_frames)
+        require_flags({"every_validation": every_validation})
+        self.every_validation = every_validation
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Refit, unless training goes on from a checkpoint.
@@ -51,29 +79,47 @@ class AlignEnergies(lightning.Callback):
                     "SaveAdapter refits them"
                 )
             check_data(trainer, model)
-            layers = [m for m in model.modules() if is_kind(m, "PerTypeScaleShift", "nequip.nn.atomwise")]
-            if not layers or not layers[-1].has_shifts:
+            shifts = shifts_of(model)
+            if shifts is None:
                 raise ValueError(
                     f"AlignEnergies: the model {name} has no per_type_energy_shifts to refit; set them (0.0 will do)"
                 )
-            if not refit(trainer, pl_module, model, layers[-1].shifts, self.max_frames):
+            if not refit(pl_module, model, shifts, self.batches(trainer)):
                 raise ValueError("AlignEnergies: expected total_energy labels in the training frames, got none")
+
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refit what will be validated; EMA weights are in the model at this point."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.every_validation:
+            return
+        for model in pl_module.model.values():
+            shifts = shifts_of(model)
+            if shifts is not None:
+                refit(pl_module, model, shifts, self.batches(trainer), level=logging.DEBUG)
+
+
+def shifts_of(model: nn.Module) -> torch.Tensor | None:
+    """Energy shifts of the types, eV; None where the model has none."""
+    layers: list[Any] = [m for m in model.modules() if is_kind(m, "PerTypeScaleShift", "nequip.nn.atomwise")]
+    return layers[-1].shifts if layers and layers[-1].has_shifts else None
 
 
 @torch.no_grad()
-def refit(trainer: Any, pl_module: Any, model: Any, shifts: torch.Tensor, max_frames: int) -> bool:
+def refit(
+    pl_module: Any, model: Any, shifts: torch.Tensor, batches: Iterable[dict[str, Any]], level: int = logging.INFO
+) -> bool:
     """Add the least-squares offsets of label minus model (training frames) to shifts, and to their EMA copy.
 
     Args:
         shifts: values for each type, or one for all, eV; changed in place.
-        max_frames: frames used.
+        batches: training frames.
+        level: of the line that says by how much.
 
     Returns:
         whether the frames have energies.
     """
     residuals, counts = [], []
-    for batch in training_batches(trainer, max_frames):
-        residual, table = residuals_of(batch, predict(model, batch), len(model.type_names))
+    for batch in batches:
+        residual, table = residuals_of(batch, _energies(model, batch), len(model.type_names))
         residuals.append(residual)
         counts.append(table)
     if not sum(map(len, residuals)):
@@ -84,7 +130,7 @@ def refit(trainer: Any, pl_module: Any, model: Any, shifts: torch.Tensor, max_fr
         offsets = np.array([np.mean(residual / table.sum(1))])
     new = shifts + torch.as_tensor(offsets).to(shifts).reshape(shifts.shape)
     rms = [float(np.sqrt(np.mean((r / table.sum(1)) ** 2))) for r in (residual, residual - shifted(table, offsets))]
-    _LOG.info("energy shifts refitted on %d frames: rms residual %.5f -> %.5f per atom", len(residual), *rms)
+    _LOG.log(level, "energy shifts refitted on %d frames: rms residual %.5f -> %.5f per atom", len(residual), *rms)
     for tensor in with_averages(pl_module, shifts):
         tensor.copy_(new)
     return True
@@ -95,11 +141,9 @@ def training_batches(trainer: Any, max_frames: int) -> Iterator[dict[str, torch.
     loader = trainer.datamodule.train_dataloader()
     dataset, collate = loader.dataset, loader.collate_fn
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(max_frames, len(dataset))).round().astype(int))
-    device = trainer.strategy.root_device
     size = min(20, loader.batch_size or 20)  # larger ones might not fit the device
     for start in range(0, len(chosen), size):
-        batch = collate([dataset[int(i)] for i in chosen[start : start + size]])
-        yield {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        yield collate([dataset[int(i)] for i in chosen[start : start + size]])
 
 
 def predict(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,6 +151,16 @@ def predict(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch
         # the plain forward: a compiled variant would be made for this batch's shape
         out = model.model({k: v for k, v in batch.items() if k in model.model_input_fields})  # type: ignore[operator]
     return {k: v.detach() for k, v in out.items() if torch.is_tensor(v)}
+
+
+def _energies(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Energies without the cost of forces, where the model is built as upstream's are."""
+    try:
+        network = energy_network(model)
+    except ValueError:
+        return predict(model, batch)
+    out: dict[str, torch.Tensor] = network({k: v for k, v in batch.items() if k in model.model_input_fields})
+    return out
 
 
 def residuals_of(

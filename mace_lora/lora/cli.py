@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from mace_lora.atomic import write_text
-from mace_lora.console import console, model_from, print_json
+from mace_lora.console import MODEL_HELP, console, is_nequip_file, model_from, print_json
 
 __all__ = ["diff", "tune"]
 
 
 def diff(
-    base: Annotated[Path, typer.Argument(help="MACE .model, safetensors + JSON base, or 'embedded'")],
-    tuned: Annotated[Path, typer.Argument(help="fine-tuned MACE model, or adapter folder of this base")],
+    base: Annotated[Path, typer.Argument(help=MODEL_HELP)],
+    tuned: Annotated[Path, typer.Argument(help="fine-tuned model of the same kind, or adapter folder of this base")],
     head: Annotated[str | None, typer.Option(help="head of a multi-head base that training began with")] = None,
     rows: Annotated[int, typer.Option(help="rows to show, largest change first; 0 shows all")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -28,27 +28,21 @@ def diff(
     """
     from dataclasses import asdict
 
-    from mace_lora.lora.adapter import read_adapter
     from mace_lora.lora.diff import diff_models
     from mace_lora.lora.info import is_adapter
-    from mace_lora.mace_plugin.base_model import describe_base, prepare_base, select_head
+    from mace_lora.lora.inject import adapter_layers, merge_lora
 
+    if not is_adapter(tuned) and is_nequip_file(base) != is_nequip_file(tuned):
+        raise ValueError(f"tuned: expected a model of the same framework as {base}, got {tuned}")
     after = model_from(base, tuned) if is_adapter(tuned) else model_from(tuned)
-    # as training began: elements selected and heads made as in the fine-tuned model
+    if adapter_layers(after):  # a checkpoint of a LoRA run
+        after = merge_lora(after)
     before = model_from(base)
-    many = (getattr(before, "heads", None) or [1], getattr(after, "heads", None) or [1])
-    if len(many[0]) > len(many[1]) == 1:  # fine-tuning starts from one of a foundation's heads
-        wanted = head or (read_adapter(tuned).metadata.get("foundation_head") if is_adapter(tuned) else None)
-        chosen = select_head(before, wanted)
-        if chosen is None:
-            raise ValueError(
-                f"--head: the base has heads {', '.join(before.heads)}; name the one that training began with"
-            )
-        before = chosen
-    wanted_now = describe_base(after)
-    theirs = next(iter(describe_base(before)["E0s"].values()))  # as given: other E0s are a change too
-    energies = {h: {z: theirs.get(z, e) for z, e in row.items()} for h, row in wanted_now["E0s"].items()}
-    changes = diff_models(prepare_base(before, wanted_now | {"E0s": energies}), after)
+    if not is_nequip_file(base):
+        before = _as_training_began(before, after, tuned, head)
+    elif head is not None:
+        raise ValueError(f"--head: a NequIP model has no heads; leave {head!r} out")
+    changes = diff_models(before, after)
     if as_json:
         print_json([asdict(c) for c in changes])
         return
@@ -61,6 +55,27 @@ def diff(
         )  # fmt: skip
     console.print(table)
     console.print(f"{min(rows or len(changes), len(changes))} of {len(changes)} rows shown")
+
+
+def _as_training_began(before: Any, after: Any, tuned: Path, head: str | None) -> Any:
+    """A MACE base with elements selected and heads made as in the fine-tuned model."""
+    from mace_lora.lora.adapter import read_adapter
+    from mace_lora.lora.info import is_adapter
+    from mace_lora.mace_plugin.base_model import describe_base, prepare_base, select_head
+
+    many = (getattr(before, "heads", None) or [1], getattr(after, "heads", None) or [1])
+    if len(many[0]) > len(many[1]) == 1:  # fine-tuning starts from one of a foundation's heads
+        wanted = head or (read_adapter(tuned).metadata.get("foundation_head") if is_adapter(tuned) else None)
+        chosen = select_head(before, wanted)
+        if chosen is None:
+            raise ValueError(
+                f"--head: the base has heads {', '.join(before.heads)}; name the one that training began with"
+            )
+        before = chosen
+    wanted_now = describe_base(after)
+    theirs = next(iter(describe_base(before)["E0s"].values()))  # as given: other E0s are a change too
+    energies = {h: {z: theirs.get(z, e) for z, e in row.items()} for h, row in wanted_now["E0s"].items()}
+    return prepare_base(before, wanted_now | {"E0s": energies})
 
 
 def tune(

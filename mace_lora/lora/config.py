@@ -78,9 +78,13 @@ class LoraConfig:
             raise ValueError(f"alpha: expected a positive number, got {self.alpha!r}")
         _check_choice("preset", self.preset, PRESETS)
         _check_choice("init", self.init, INITS)
+        for name in ("use_rslora", "clip_rank"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for name in ("rank_pattern", "module_rank_pattern"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name}: expected a mapping to ranks, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+                raise ValueError(f"{name}: expected a mapping of names to ranks, got {value!r}")
         for irrep, rank in self.rank_pattern.items():
             if not _IRREP.fullmatch(irrep):
                 raise ValueError(f"rank_pattern: expected irreps such as '0e' or '1o', got {irrep!r}")

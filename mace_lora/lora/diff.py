@@ -14,7 +14,10 @@ __all__ = ["Change", "diff_models"]
 
 
 # buffers that are part of the potential
-_REFERENCES = ("atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift")
+_REFERENCES = (
+    "atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift", "energy_scale_shift.scales",
+    "energy_scale_shift.shifts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ def diff_models(base: nn.Module, tuned: nn.Module) -> list[Change]:
             relative = float(change.norm() / value.detach().double().norm().clamp_min(1e-30))
             rows.append(Change(name, "", tuple(value.shape), relative, None, None))
     buffers = [dict(m.named_buffers()) for m in (base, tuned)]
-    for name in _REFERENCES:
-        if name in buffers[0] and name in buffers[1]:
+    for name in buffers[0]:
+        if name.endswith(_REFERENCES) and name in buffers[1]:
             old, new = (torch.atleast_1d(b[name].double()) for b in buffers)
             if old.shape == new.shape:
                 relative = float((new.to(old) - old).norm() / old.norm().clamp_min(1e-30))

@@ -15,7 +15,7 @@ __all__ = ["fingerprint", "layer_fingerprint"]
 # and the e3nn version.
 _BUFFERS = {
     "atomic_numbers", "r_max", "r_inner", "atomic_energies", "scale", "shift", "scales", "shifts", "bessel_weights",
-    "_rmax_recip", "norm_const",
+    "_rmax_recip", "norm_const", "_qqr2exesquare",
 }  # fmt: skip
 # of NequIP's scalar MLPs
 _ACTIVATIONS = {"SiLU", "Mish", "GELU", "Tanh", "Sigmoid", "Softplus", "ShiftedSoftplus"}
@@ -56,6 +56,10 @@ def _choice(module: nn.Module) -> str:
     kind = type(module).__name__
     if kind == "PolynomialCutoff":
         return f"p={float(module.p):g}"  # type: ignore[arg-type]
+    if kind in ("ScalarLinearLayer", "DeepLinearMLP"):  # 1/sqrt of its inputs, or of its outputs
+        return f"alpha={float(module.alpha):.6g}"  # type: ignore[arg-type]
+    if kind == "LennardJones":
+        return f"{module.lj_style} {float(module.exponent):g}"  # type: ignore[arg-type]
     if kind == "normalize2mom":
         return str(getattr(module.f, "__name__", type(module.f).__name__))
     return kind if kind in _ACTIVATIONS else ""

@@ -150,7 +150,9 @@ def _check_plan(plans: Sequence[ModulePlan], config: LoraConfig, irreps: set[str
         shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
         raise ValueError(
             f"targets: no layer matches targets={config.targets} exclude={config.exclude} "
-            f"rank_pattern={dict(config.rank_pattern)} preset={config.preset}; adaptable layers are {shown or 'none'}"
+            f"rank_pattern={dict(config.rank_pattern)} preset={config.preset}"
+            + (f" beside what dense={config.dense} trains in full" if config.dense else "")
+            + f"; adaptable layers are {shown or 'none'}"
         )
 
 

@@ -88,13 +88,13 @@ def save_adapter(
         metadata: provenance to store; default what it was loaded or built with. The base fingerprint is added when
             missing.
         run: state of training to store in the weights file, e.g. epoch and validation loss.
-        dtype: storage type of the factors; float32 keeps files small.
+        dtype: storage type of the factors; float32 keeps files small. Fitted energies keep their own.
 
     Returns:
         the folder.
 
     Raises:
-        ValueError: no such adapter, or an adapter that contains NaN or infinity.
+        ValueError: no such adapter, one that contains NaN or infinity, or a base that is not the recorded one.
     """
     folder = Path(path)
     name = _only_adapter(model) if adapter_name is None else adapter_name
@@ -109,16 +109,30 @@ def save_adapter(
         "metadata": getattr(model, "equitune_metadata", {}),
     }  # the latter as nequip_ext.LoRA leaves them
     metadata = dict(record["metadata"] if metadata is None else metadata)
-    metadata.setdefault("base_fingerprint", fingerprint(model))
+    expected, got = metadata.get("base_fingerprint"), fingerprint(model)
+    if expected not in (None, got):
+        raise ValueError(
+            f"model: its base is not the one that adapter {name!r} was made for: expected fingerprint {expected}, "
+            f"got {got}; the base's file is another by now, or its weights were changed; not saved to {folder}"
+        )
+    metadata["base_fingerprint"] = got
     config = config or (LoraConfig.from_dict(record["config"]) if record["config"] else _recorded_config(model, name))
     content = config_json(model, config, name, metadata)
     header = {k: str(v) for k, v in (run or {}).items()} | {"format": "pt"}
     # Both files are complete before either replaces its predecessor.
     with atomic_path(folder / WEIGHTS_FILE) as weights:
-        save_file({k: v.to("cpu", dtype).contiguous() for k, v in tensors.items()}, weights, metadata=header)
+        exact = _fitted(model)  # energies of all electrons have more digits than float32
+        stored = {k: v.to("cpu", v.dtype if k in exact else dtype).contiguous() for k, v in tensors.items()}
+        save_file(stored, weights, metadata=header)
         _write_config(folder, json.loads(json.dumps(content)))
     write_text(folder / CARD_FILE, model_card(content, header, sum(v.numel() for v in tensors.values())))
     return folder
+
+
+def _fitted(model: nn.Module) -> set[str]:
+    """Keys of what a fit sets, not a gradient: energy references."""
+    layers = adapter_layers(model).items()
+    return {f"{PREFIX}{name}.lora_dense.{key.replace('.', '__')}" for name, la in layers for key in la.spec.fitted}
 
 
 def _write_config(folder: Path, content: dict[str, Any]) -> None:

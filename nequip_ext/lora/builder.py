@@ -78,12 +78,20 @@ def LoRA(
     """
     if not isinstance(model, nn.Module | Mapping):
         raise ValueError(f"model: expected the config of a model or a built one, got {model!r}")
+    if not isinstance(adapter, str | Path | None):
+        raise ValueError(f"adapter: expected the folder of an adapter, got {adapter!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed: expected a whole number, got {seed!r}")
     built = model if isinstance(model, nn.Module) else build_model(with_keys(model, model_dtype, compile_mode))
     inner: Any = built
     if isinstance(built, nn.ModuleDict):  # a checkpoint's models by name
         if len(built) != 1:
             raise ValueError(f"model: nequip_ext.LoRA adapts one model, got {list(built)}; wrap each of them")
         inner = next(iter(built.values()))
+    if not (hasattr(inner, "metadata") and hasattr(inner, "type_names")):
+        raise ValueError(
+            f"model: expected a NequIP-framework model (GraphModel) or its builder, got {type(inner).__name__}"
+        )
     if holds_adapter(inner):
         raise ValueError(
             "model: it has LoRA adapters already (a package made with EQUITUNE_PACKAGE=unmerged has them too); wrap "
@@ -139,6 +147,8 @@ def with_keys(config: Mapping[str, Any], model_dtype: str | None, compile_mode: 
     Raises:
         ValueError: another precision for a model from a file, which brings its own.
     """
+    if model_dtype not in (None, "float32", "float64"):
+        raise ValueError(f"model_dtype: expected float32 or float64, got {model_dtype!r}")
     target = str(config.get("_target_", ""))
     if isinstance(config.get("model"), Mapping) and not target.endswith("AddLongPath"):  # nequip.model.modify
         return dict(config) | {"model": with_keys(config["model"], model_dtype, compile_mode)}

@@ -43,7 +43,7 @@ def load_nequip(path: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not readable.
+        ValueError: not readable, or a LoRA run whose base is another by now.
     """
     from nequip.model.saved_models import load_saved_model
     from nequip.utils.global_state import set_global_state
@@ -55,6 +55,13 @@ def load_nequip(path: Path) -> nn.Module:
         model: nn.Module = load_saved_model(str(path))
     except (RuntimeError, KeyError, EOFError, AttributeError, pickle.UnpicklingError, zipfile.BadZipFile) as err:
         raise ValueError(f"{path}: cannot be read as a NequIP package or checkpoint ({err})") from err
+    # a LoRA checkpoint builds its base from the file of before, then takes the weights of the checkpoint
+    built: dict[str, Any] = getattr(model, "equitune_metadata", {})
+    if built and built["base_fingerprint"] != fingerprint(model):
+        raise ValueError(
+            f"{path}: its base {built.get('base_model')} is another by now, and what is no weight (numbers of "
+            "neighbours, cutoffs) is taken from that file: put the base of the training back there"
+        )
     return model.eval()
 
 

@@ -28,7 +28,7 @@ from nequip.nn.embedding import (
     SphericalHarmonicEdgeAttrs,
 )
 
-from nequip_ext.checks import is_number, require_sizes
+from nequip_ext.checks import is_number, require_energies, require_sizes, require_types
 from nequip_ext.upstream.build import append_energy_modules
 
 from .modules import (
@@ -121,7 +121,10 @@ def MultiScaleNequIP(
          "num_bessels": num_bessels, "polynomial_cutoff_p": polynomial_cutoff_p, "num_layers_long": num_layers_long,
          "num_channels_long": num_channels_long, "num_radial_basis_long": num_radial_basis_long},
     )  # fmt: skip
-    types = list(type_names)
+    types = require_types(type_names)
+    require_energies(
+        {"per_type_energy_scales": per_type_energy_scales, "per_type_energy_shifts": per_type_energy_shifts}, types
+    )
     short_neighbors = avg_num_neighbors_short
     if short_neighbors is None:
         volumes = (r_short / r_max) ** 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nequip.data import AtomicDataDict
@@ -15,7 +15,7 @@ from nequip.nn.embedding import (
     SphericalHarmonicEdgeAttrs,
 )
 
-from nequip_ext.checks import is_number, require_sizes
+from nequip_ext.checks import is_number, require_energies, require_pair_cutoffs, require_sizes, require_types
 from nequip_ext.upstream.build import append_energy_modules
 
 from .layers import PaiNNLayer, PaiNNReadout, PaiNNTypeEmbed
@@ -68,17 +68,24 @@ def PaiNN(
     Raises:
         ValueError: sizes, cutoff or neighbours that are not positive, or energies of other types.
     """
-    _check(
-        list(type_names), {"num_layers": num_layers, "num_features": num_features, "num_bessels": num_bessels},
-        {"r_max": r_max, "avg_num_neighbors": avg_num_neighbors},
-        {"per_type_energy_scales": per_type_energy_scales, "per_type_energy_shifts": per_type_energy_shifts},
+    types = require_types(type_names)
+    require_sizes(
+        {"num_layers": num_layers, "num_features": num_features, "num_bessels": num_bessels,
+         "polynomial_cutoff_p": polynomial_cutoff_p}
     )  # fmt: skip
-    embed = PaiNNTypeEmbed(type_names=list(type_names), num_features=num_features)
+    for name, value in {"r_max": r_max, "avg_num_neighbors": avg_num_neighbors}.items():
+        if not (is_number(value) and value > 0):
+            raise ValueError(f"{name}: expected one positive number for PaiNN, got {value!r}")
+    require_pair_cutoffs(per_edge_type_cutoff, r_max, types)
+    require_energies(
+        {"per_type_energy_scales": per_type_energy_scales, "per_type_energy_shifts": per_type_energy_shifts}, types
+    )
+    embed = PaiNNTypeEmbed(type_names=types, num_features=num_features)
     direction = SphericalHarmonicEdgeAttrs(
         irreps_edge_sh="1x1o", edge_sh_normalization="norm", irreps_in=embed.irreps_out
     )
     length = EdgeLengthNormalizer(
-        r_max=r_max, type_names=list(type_names), per_edge_type_cutoff=per_edge_type_cutoff,
+        r_max=r_max, type_names=types, per_edge_type_cutoff=per_edge_type_cutoff,
         irreps_in=direction.irreps_out,
     )  # fmt: skip
     bessel = BesselEdgeLengthEncoding(
@@ -92,23 +99,13 @@ def PaiNN(
         modules[f"layer{i}_painn"] = previous
     readout = PaiNNReadout(num_features, previous.irreps_out)
     scale_shift = PerTypeScaleShift(
-        type_names=list(type_names), field=AtomicDataDict.PER_ATOM_ENERGY_KEY,
+        type_names=types, field=AtomicDataDict.PER_ATOM_ENERGY_KEY,
         out_field=AtomicDataDict.PER_ATOM_ENERGY_KEY, scales=per_type_energy_scales, shifts=per_type_energy_shifts,
         scales_trainable=per_type_energy_scales_trainable, shifts_trainable=per_type_energy_shifts_trainable,
         irreps_in=readout.irreps_out,
     )  # fmt: skip
     modules |= {"per_atom_energy_readout": readout, "per_type_energy_scale_shift": scale_shift}
     network = append_energy_modules(
-        model=SequentialGraphNetwork(modules), type_names=list(type_names), pair_potential=pair_potential
+        model=SequentialGraphNetwork(modules), type_names=types, pair_potential=pair_potential
     )
     return ForceStressOutput(network, do_derivatives)
-
-
-def _check(types: list[str], sizes: dict[str, Any], lengths: dict[str, Any], energies: dict[str, Any]) -> None:
-    require_sizes(sizes)
-    for name, value in lengths.items():
-        if not (is_number(value) and value > 0):
-            raise ValueError(f"{name}: expected one positive number for PaiNN, got {value!r}")
-    for name, value in energies.items():
-        if not (value is None or is_number(value) or (isinstance(value, Mapping) and {*value} == {*types})):
-            raise ValueError(f"{name}: expected one number or one for each of {types}, got {value!r}")

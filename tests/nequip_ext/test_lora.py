@@ -122,7 +122,14 @@ def test_adapter_of_a_mace_base_is_refused(tmp_path):
         ({"rank": None}, "rank: expected an integer >= 1, got None"),
         ({"alpha": True}, "alpha: expected a positive number, got True"),
         ({"targets": [1]}, "targets: expected regular expressions, got 1"),
-        ({"rank_pattern": "0e:8"}, "rank_pattern: expected a mapping to ranks, got '0e:8'"),
+        ({"rank_pattern": "0e:8"}, "rank_pattern: expected a mapping of names to ranks, got '0e:8'"),
+        ({"rank_pattern": {0: 3}}, r"rank_pattern: expected a mapping of names to ranks, got \{0: 3\}"),
+        ({"use_rslora": "no"}, "use_rslora: expected true or false, got 'no'"),
+        ({"clip_rank": "no"}, "clip_rank: expected true or false, got 'no'"),
+        ({"adapter": 5}, "adapter: expected the folder of an adapter, got 5"),
+        ({"seed": None}, "seed: expected a whole number, got None"),
+        ({"model_dtype": "float16"}, "model_dtype: expected float32 or float64, got 'float16'"),
+        ({"dense": [".*"]}, r"beside what dense=\('\.\*',\) trains in full; adaptable layers are"),
         ({"targets": ["no_such_layer"]}, r"targets: no layer matches 'no_such_layer'; adaptable layers are"),
         ({"rank_pattern": {"7e": 2}}, "rank_pattern: the model has no weights of irrep 7e"),
         ({"dense": ["nothing"]}, "dense: no parameter matches 'nothing'"),
@@ -162,9 +169,15 @@ def test_references_that_upstreams_modifier_made_trainable(tmp_path):
         ("nequip", {"polynomial_cutoff_p": 4}), ("painn", {"polynomial_cutoff_p": 4}),
         ("nequip", {"convnet_nonlinearity_scalars": {"e": "tanh", "o": "tanh"}}),
         ("allegro", {"allegro_mlp_nonlinearity": "mish"}), ("nequip", {"avg_num_neighbors": 9.0}),
+        ("allegro", {"forward_normalize": False}),
+        ("nequip", {"pair_potential": {"_target_": "nequip.nn.pair_potential.ZBL", "chemical_species": ["H", "C", "O"],
+                                       "units": "real"}}),
     ],
 )  # fmt: skip
 def test_bases_of_equal_weights_that_compute_something_else(name, change):
+    if "pair_potential" in change:
+        metal = change["pair_potential"] | {"units": "metal"}
+        assert fingerprint(build(name, pair_potential=metal)) != fingerprint(build(name, **change))
     assert fingerprint(build(name)) == fingerprint(build(name)) != fingerprint(build(name, **change))
 
 
@@ -190,6 +203,10 @@ def test_models_that_cannot_be_built():
         nequip_ext.LoRA(model={"_target_": "nequip.model.Nothing"})
     with pytest.raises(ValueError, match="it has LoRA adapters already"):
         nequip_ext.LoRA(model=lora("painn"))
+    with pytest.raises(
+        ValueError, match=r"expected a NequIP-framework model \(GraphModel\) or its builder, got Linear"
+    ):
+        nequip_ext.LoRA(model=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"nequip_ext.LoRA adapts one model, got"):
         nequip_ext.LoRA(model=torch.nn.ModuleDict({"a": build("painn"), "b": build("painn")}))
 

@@ -133,6 +133,15 @@ def test_vector_features_rotate_and_flip():
         ({"num_features": True}, "num_features: expected a positive whole number, got True"),
         ({"num_bessels": "a"}, "num_bessels: expected a positive whole number, got 'a'"),
         ({"per_type_energy_scales": {"H": 1.0}}, "per_type_energy_scales: expected one number or one for each of"),
+        (
+            {"per_type_energy_shifts": {"H": float("nan"), "C": 0.0, "O": 0.0}},
+            "per_type_energy_shifts: expected one",
+        ),
+        ({"polynomial_cutoff_p": 0}, "polynomial_cutoff_p: expected a positive whole number, got 0"),
+        ({"type_names": []}, r"type_names: expected a list of different names, e.g. \[H, C, O\], got \[\]"),
+        ({"type_names": "HCO"}, "type_names: expected a list of different names, .*, got 'HCO'"),
+        ({"per_edge_type_cutoff": {"H": 99.0}}, "per_edge_type_cutoff: H: expected types of .* of at most r_max = "),
+        ({"per_edge_type_cutoff": {"U": 1.0}}, "per_edge_type_cutoff: U: expected types of"),
     ],
 )
 def test_bad_sizes(changes, message):
