@@ -7,8 +7,9 @@ learning-rate sweep on the first seed, chosen by the validation forces and widen
 given with the constant offset of the training frames removed, for both.
 
 Command:  python benchmarks/sevennet_lora.py run --data DIR
+          python benchmarks/sevennet_lora.py cost --data DIR    # time and memory of a step
           python benchmarks/sevennet_lora.py table
-Cost:     about 12 minutes a run of 16 epochs on one CPU thread.
+Cost:     8 to 15 minutes a run of 16 epochs on one CPU thread; cost 5 minutes.
 """
 
 from __future__ import annotations
@@ -167,6 +168,50 @@ def run(
     print(f"results in {results}")
 
 
+@app.command()
+def cost(
+    data: Annotated[Path, typer.Option(help="folder of the public data sets")],
+    rounds: Annotated[int, typer.Option(help="timed rounds")] = 10,
+    output: Annotated[Path, typer.Option(help="table to write")] = RESULTS.parent / "sevennet_cost.md",
+) -> None:
+    """Time and memory of a training step of 2 Cu frames, full against LoRA of rank 16, interleaved."""
+    from lora_cost import interleaved, ratio, tensor_peak
+    from sevenn.train.loss import get_loss_functions_from_config
+    from sevenn.train.trainer import Trainer
+    from torch_geometric.loader import DataLoader
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    frames, steps, trained = frames_of("cu_300K", data, 0)[0][:2], {}, {}
+    for method in LRS:
+        model, config, graphs = load(frames)
+        if method == "lora":
+            apply_lora(model, LoraConfig(rank=16))
+        trained[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        scheduler = (torch.optim.lr_scheduler.ExponentialLR, {"gamma": 1.0})
+        losses = get_loss_functions_from_config(config)
+        trainer = Trainer(model, losses, torch.optim.Adam, {"lr": 1e-6}, *scheduler, device="cpu")
+        model.set_is_batch_data(True)
+        loader = DataLoader(graphs, batch_size=2)
+        steps[method] = lambda trainer=trainer, loader=loader: trainer.run_one_epoch(loader, is_train=True)
+    times = interleaved(steps, rounds, 1, time.process_time)
+    lines = [
+        f"# Cost of LoRA on SevenNet-0: 2 frames of {len(frames[0])} Cu atoms", "",
+        f"sevenn {version('sevenn')}, torch {version('torch')}, {datetime.date.today()}, one CPU thread, CPU time; "
+        f"ratios are medians (quartiles) of {rounds} interleaved rounds. Command: `python benchmarks/sevennet_lora.py "
+        "cost --data DIR`.", "",
+        "| step | s | peak of tensors (MB) | values trained | time / full |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for method, step in steps.items():
+        compared = "1" if method == "full" else ratio(times, method, "full")
+        lines.append(
+            f"| {method} | {median(times[method]):.1f} | {tensor_peak(step):.0f} | {trained[method]:,} | {compared} |"
+        )
+    write_text(output, "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    print(f"written: {output}")
+
+
 def _line(swept: list[dict[str, Any]], group: list[dict[str, Any]]) -> str:
     best = min(swept, key=score)["lr"]
     mine = [r for r in group if r["lr"] == best]
@@ -183,8 +228,11 @@ def table(results: Annotated[Path, typer.Option(help="one JSON per run")] = RESU
     """Write sevennet_lora.md from the finished runs."""
     rows = [json.loads(p.read_text()) for p in sorted(results.glob("*.json"))]
     lines = ["# LoRA on SevenNet-0: Cu and Si, 10 + 10 labels", "", __doc__.split("\n\n")[1].replace("\n", " "), ""]
-    lines += [f"Median (min–max) over seeds; sevenn {version('sevenn')}, torch {version('torch')}, "
-              f"{datetime.date.today()}, one CPU thread.", ""]  # fmt: skip
+    lines += [
+        f"Median (min–max) over seeds; sevenn {version('sevenn')}, torch {version('torch')}, "
+        f"{datetime.date.today()}, one CPU thread. Memory of a step: [sevennet_cost.md](sevennet_cost.md).",
+        "",
+    ]
     lines += ["| set | method | lr | seeds | E MAE (meV/atom) | F MAE (meV/Å) | F RMSE (meV/Å) | trained | s/step |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     sweeps = []
