@@ -155,7 +155,7 @@ def test_weights_and_levels(work, tmp_path):
 def test_aligning_needs_shifts(work):
     shown = run(work, "training_module.model.model.per_type_energy_shifts=null", check=False, out="none")
     assert "has no per_type_energy_shifts to refit; set them (0.0 will do)" in " ".join(shown.split())
-    with pytest.raises(ValueError, match="max_frames: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_frames: expected a positive whole number, got 0"):
         nequip_ext.AlignEnergies(max_frames=0)
 
 
