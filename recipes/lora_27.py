@@ -58,6 +58,11 @@ class Source:
     test: tuple[Path, ...]
 
     @property
+    def label(self) -> str:
+        """Name and content."""
+        return f"{self.name} ({self.digest})"
+
+    @property
     def digest(self) -> str:
         """Content of its files, so that results of other data of the same name are not taken for its own."""
         text = "".join(content_digest(p) for p in (*self.learn, *self.test))
@@ -137,7 +142,7 @@ def parts(source: Source, seed: int, place: Path) -> dict[str, Path]:
 
 def one(source: Source, base: Path, method: str, lr: float, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
     """Train and evaluate one run; a stored one is read."""
-    name = f"{source.name}-{source.digest}__{base.stem}__{method}__lr{lr:g}__s{seed}__e{epochs}"
+    name = f"{source.name}-{source.digest}__{named(base)}__{method}__lr{lr:g}__s{seed}__e{epochs}"
     result, work = folder / f"{name}.json", folder / "work" / name
     if result.is_file():
         return json.loads(result.read_text())
@@ -153,7 +158,7 @@ def one(source: Source, base: Path, method: str, lr: float, seed: int, epochs: i
     }  # fmt: skip
     model = train(flags, work)
     row: dict[str, Any] = {
-        "set": source.name, "base": base.stem, "method": method, "lr": lr, "seed": seed, "epochs": epochs,
+        "set": source.name, "base": named(base), "method": method, "lr": lr, "seed": seed, "epochs": epochs,
         "digest": source.digest,
     }  # fmt: skip
     for part in ("valid", "test"):
@@ -162,6 +167,11 @@ def one(source: Source, base: Path, method: str, lr: float, seed: int, epochs: i
     write_text(result, json.dumps(row) + "\n")
     shutil.rmtree(work)
     return row
+
+
+def named(base: Path) -> str:
+    """A base by name and content."""
+    return f"{base.stem}-{content_digest(base)[:8]}"
 
 
 def split_folder(folder: Path, source: Source, seed: int) -> Path:
@@ -191,8 +201,11 @@ def run(
         raise typer.BadParameter(f"no data files in {data} with {only!r} in their sets' names", param_hint="--data")
     command = f"python recipes/lora_27.py run --data DIR --base {base.name} --seeds {seeds} --scale {scale}"
     first, *rest = (int(s) for s in seeds.split(","))
-    left: dict[str, str] = {}
+    settings = folder / "settings" / f"{named(base)}.json"
+    known_runs = json.loads(settings.read_text()) if settings.is_file() else {"commands": [], "left": {}}
+    commands, left = [*dict.fromkeys([*known_runs["commands"], command])], known_runs["left"]
     for source in chosen:
+        left.pop(source.label, None)
         try:
             split = parts(source, first, split_folder(folder, source, first))
             elements = {(s, ase.Atom(s).number) for a in ase.io.read(split["train"], ":") for s in a.symbols}
@@ -205,9 +218,9 @@ def run(
                 for seed in rest:
                     one(source, base, method, best, seed, EPOCHS[scale], folder)
         except Exception as err:  # readers raise what they run into; one bad set must not end the others
-            left[source.name] = f"{type(err).__name__}: {err}" if not isinstance(err, ValueError) else str(err)
-            print(f"left out: {source.name}: {left[source.name]}", flush=True)
-        write_text(folder / "settings" / f"{base.stem}.json", json.dumps({"command": command, "left": left}) + "\n")
+            left[source.label] = f"{type(err).__name__}: {err}" if not isinstance(err, ValueError) else str(err)
+            print(f"left out: {source.label}: {left[source.label]}", flush=True)
+        write_text(settings, json.dumps({"commands": commands, "left": left}) + "\n")
         table(folder)
 
 
@@ -220,14 +233,16 @@ def table(folder: Folder = Path("lora-27")) -> None:
     epochs = max((r["epochs"] for r in rows), default=0)
     groups: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for row in (r for r in rows if r["epochs"] == epochs):
-        groups.setdefault(row["set"], {}).setdefault(row["base"], {}).setdefault(row["method"], []).append(row)
+        groups.setdefault(f"{row['set']} ({row['digest']})", {}).setdefault(row["base"], {}).setdefault(
+            row["method"], []
+        ).append(row)
     lines = [
         "# LoRA against full fine-tuning", "",
         f"{TRAIN} + {VALID} frames, {epochs} epochs, best of three learning rates by validation, median over seeds; E "
         f"in meV/atom with constant offsets removed for both, F in meV/Å; a set that several bases know counts once, "
         "with the one that is better on its validation frames.", "",
         f"{datetime.date.today()}, {machine()}.", "",
-        "Commands: " + "; ".join(f"`{r['command']}`" for r in runs) + ".", "",
+        "Commands: " + "; ".join(f"`{c}`" for r in runs for c in r["commands"]) + ".", "",
         "| set | base | seeds | full: lr, E, F | LoRA: lr, E, F | change E | change F |", "|" + "---|" * 7,
     ]  # fmt: skip
     changes: list[tuple[str, float, float]] = []
@@ -247,7 +262,9 @@ def table(folder: Folder = Path("lora-27")) -> None:
         lines += ["", *(summary(what, [c[k] for c in changes]) for k, what in ((1, "Energy"), (2, "Forces")))]
         lines.append("The paper: 26 of 27 sets better, 22 % on average.")
         plot(changes, folder / "improvement.png")
-    left = {k: v for r in runs for k, v in r["left"].items() if k not in groups}
+    # a set of which only one method could be trained is none of the wins, and is named
+    left = dict.fromkeys(groups, "not all runs are finished") | {k: v for r in runs for k, v in r["left"].items()}
+    left = {k: v for k, v in left.items() if k not in {c[0] for c in changes}}
     lines += ["", "Left out: " + ("; ".join(f"{k} ({v})" for k, v in left.items()) or "none") + "."]
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -38,7 +38,7 @@ import typer
 import yaml
 from ase.build import bulk
 
-from mace_lora.atomic import atomic_path, keep_settings, write_text
+from mace_lora.atomic import atomic_path, content_digest, keep_settings, write_text
 from mace_lora.augment import Schedule, label, sample_md
 from mace_lora.data import require_sound
 from mace_lora.evaluate.machine import machine
@@ -120,6 +120,13 @@ def frames(
     print(f"written: {len(ase.io.read(folder / 'frames.xyz', ':'))} frames to {folder / 'frames.xyz'}")
 
 
+def keep_data(folder: Path, **files: Path | None) -> None:
+    """All runs of a folder are of the same DFT structures, and tested on the same."""
+    for name, file in files.items():
+        digest = content_digest(file) if file is not None else ""
+        keep_settings(folder / "dft" / name, {f"--{name}": digest}, error=typer.BadParameter)
+
+
 @app.command("label")
 def label_frames(
     source: Source,
@@ -128,6 +135,8 @@ def label_frames(
     folder: Folder = Path("carbon"),
 ) -> None:
     """Label the frames by one source."""
+    if data is not None:
+        keep_data(folder, data=data)
     report = label(folder / "frames.xyz", folder / f"{named(source)}.xyz", source, workers=workers)
     print(f"written: {report.output}")
     if data is not None:
@@ -252,6 +261,7 @@ def run(
     variant = Variant(source, frames, pretrain_epochs, same)
     for file in (data, *([test] if test else [])):
         require_sound(structures(file))
+    keep_data(folder, data=data, test=test)
     for seed in seeds.split(","):
         for count in map(int, counts.split(",")) if counts else sizes["counts"]:
             print(f"{variant.name}, seed {seed}, {count} structures", flush=True)

@@ -181,8 +181,15 @@ class Distillation(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Distillation:
-        if self.filter.noise is not None and not (self.teacher.flags and self.teacher.members > 1):
-            raise ValueError("filter: noise: needs a committee, which is teacher flags with 2 members or more")
+        committee = bool(self.teacher.flags) and self.teacher.members > 1
+        for name in ("noise", "deviation"):
+            given = name in self.filter.model_fields_set and getattr(self.filter, name) is not None
+            if given and not committee:
+                raise ValueError(f"filter: {name}: needs a committee, which is teacher flags with 2 members or more")
+        if self.teacher.labelled is not None and "synthetic" in self.model_fields_set:
+            raise ValueError("synthetic: nothing is made where teacher.labelled gives the frames; leave it out")
+        if "dtype" in self.model_fields_set and self.student.nequip is not None and not self.teacher.flags:
+            raise ValueError("dtype: of MACE trainings, of which there is none here; set model_dtype in student.flags")
         return self
 
 

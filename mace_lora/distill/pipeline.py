@@ -131,7 +131,7 @@ def _synthetic(config: Distillation, stages: Stages, teachers: list[str]) -> Pat
 def _filtered(config: Distillation, stages: Stages, teachers: list[str], labelled: Path) -> Path:
     settings = {"filter": config.filter.model_dump(), "committee": [_name(t) for t in teachers], "seed": config.seed}
     return stages.run(
-        "synthetic", settings, [labelled, config.train, config.test],
+        "synthetic", settings, [labelled, config.train, config.valid, config.test],
         lambda place: select_frames(config, labelled, teachers, place),
     )  # fmt: skip
 

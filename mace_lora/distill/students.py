@@ -63,7 +63,9 @@ class MaceStudent:
         mine: dict[str, Any] = dict(self.config.student.flags)
         if start is not None:
             mine = {k: v for k, v in mine.items() if not k.endswith("_long") and k not in _OF_MULTISCALE}
-            mine |= {"foundation_model": str(start), "multiheads_finetuning": False, "E0s": "estimated"}
+            given = str(mine.get("E0s", "")).strip()  # isolated atoms hold for both ways to the quantum level
+            kept = given if given.startswith("{") or given.endswith(".json") else "estimated"
+            mine |= {"foundation_model": str(start), "multiheads_finetuning": False, "E0s": kept}
         every = default_flags(self.config, training.epochs) | mine | training.flags
         return every | {"max_num_epochs": training.epochs, "seed": self.config.seed + 1, "lr": lr}
 

@@ -94,10 +94,11 @@ def select_frames(config: Distillation, labelled: Path, committee: Sequence[str]
             dropped["more noise than force"] = int((keep & ~clear).sum())
             keep &= clear
         frames = [a for a, k in zip(frames, keep, strict=True) if k]
-    test = ase.io.read(config.test, ":")
+    held_out = {"test": ase.io.read(config.test, ":"), "validation": ase.io.read(config.valid, ":")}
     frames = _by_labels(frames, config.filter, dropped)
     source = _source(committee[0]) if committee else None
-    frames = _not_among(frames, test, dropped)
+    for name, known in held_out.items():  # validation frames choose epoch and learning rate of all students
+        frames = _not_among(frames, known, name, dropped)
     if config.filter.duplicates is not None and frames:
         if source is None:
             raise ValueError("filter: duplicates: needs the features of a MACE teacher; leave it out")
@@ -146,13 +147,13 @@ def _by_labels(frames: list[ase.Atoms], limits: Filter, dropped: dict[str, int])
     return frames
 
 
-def _not_among(frames: list[ase.Atoms], test: list[ase.Atoms], dropped: dict[str, int]) -> list[ase.Atoms]:
-    """Frames that are no test frame, moved, turned or renumbered."""
+def _not_among(frames: list[ase.Atoms], known: list[ase.Atoms], name: str, dropped: dict[str, int]) -> list[ase.Atoms]:
+    """Frames that are none of the known ones, moved, turned or renumbered."""
     places = Places()
-    for atoms in test:
-        places.add(atoms, "test")
+    for atoms in known:
+        places.add(atoms, name)
     kept = [a for a in frames if is_atom(a) or places.find(a) is None]
-    dropped["equal to a test frame"] = len(frames) - len(kept)
+    dropped[f"equal to a {name} frame"] = len(frames) - len(kept)
     return kept
 
 

@@ -111,19 +111,19 @@ def test_every_stage_killed_then_whole_then_changed(place):
 
 
 def test_filters_and_leakage(place, tmp_path):
-    """Frames with large forces, high energies, repetitions, and test frames (moved and renumbered) are left out."""
+    """Frames with large forces, high energies, repetitions, test and validation frames (moved, turned) are left out."""
     config = read_config(place / "config.yaml")
     config.filter = config.filter.model_copy(update={"deviation": None, "force": 20.0, "energy": 1.0})
-    quantum, test = ase.io.read(config.train, ":"), ase.io.read(config.test, ":")
+    quantum, valid, test = (ase.io.read(p, ":") for p in (config.train, config.valid, config.test))
     frames = []
-    for n, source in enumerate([*quantum, *quantum[:3], test[0], test[1], quantum[4], quantum[5]]):
+    for n, source in enumerate([*quantum, *quantum[:3], test[0], valid[0], quantum[4], quantum[5]]):
         frame = ase.Atoms(source.numbers, positions=source.positions)
         frame.rattle(0.01, seed=n) if n < 10 else None
         frame.info |= {"REF_energy": source.info["REF_energy"], "input_index": n}
         frame.arrays["REF_forces"] = source.arrays["REF_forces"]
         frames.append(frame)
     frames[12].rotate(40, "x")  # the first 3 again: not among the rattled ones
-    frames[13].positions += 3.0  # test frames, moved and turned
+    frames[13].positions += 3.0  # a test frame and one of validation
     frames[14].rotate(70, "z")
     frames[15].arrays["REF_forces"] = np.zeros((len(frames[15]), 3))
     frames[15].arrays["REF_forces"][:2, 0] = 30.0, -30.0
@@ -137,7 +137,8 @@ def test_filters_and_leakage(place, tmp_path):
     select_frames(config, tmp_path / "labelled.xyz", [f"mace:{place / 'base.model'}"], tmp_path)
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["dropped"] == {
-        "net force": 1, "large force": 1, "high energy": 1, "equal to a test frame": 2, "repetition": 1,
+        "net force": 1, "large force": 1, "high energy": 1, "equal to a test frame": 1,
+        "equal to a validation frame": 1, "repetition": 1,
     }  # fmt: skip
     assert counts["kept"] == 13
     kept = [*ase.io.read(tmp_path / "synthetic.xyz", ":"), *ase.io.read(tmp_path / "synthetic_valid.xyz", ":")]
@@ -216,7 +217,13 @@ def test_stage_is_kept_by_content(tmp_path):
     [
         ({"teachers": {}}, "teachers: unknown key, expected one of folder, train, valid"),
         ({"teacher": {"flags": {}}}, "teacher: expected either flags of a fine-tuning, a potential, or labelled"),
-        ({"teacher": {"labelled": "gone.xyz"}}, "labelled: no file .*gone.xyz"),
+        ({"teacher": {"labelled": "gone.xyz"}, "synthetic": ...}, "labelled: no file .*gone.xyz"),
+        ({"teacher": {"labelled": "train.xyz"}}, "synthetic: nothing is made where teacher.labelled gives the frames"),
+        ({"teacher": {"potential": "emt"}, "filter.deviation": 9}, "filter: deviation: needs a committee"),
+        (
+            {"teacher": {"labelled": "train.xyz"}, "synthetic": ..., "student.nequip": "x.yaml", "dtype": "float64"},
+            "dtype: of MACE trainings, of which there is none here; set model_dtype in student.flags",
+        ),
         ({"student.flags": {}}, "student: expected flags of a MACE model, or nequip with a config"),
         ({"student.nequip": "train.xyz"}, "student.nequip: NequIP is not installed in this environment"),
         ({"teacher": {"flags": {"lora": True}}}, "teacher.flags: expected foundation_model"),
@@ -234,7 +241,7 @@ def test_stage_is_kept_by_content(tmp_path):
         ({"teacher.flags.foundation_model": "gone.model"}, "foundation_model: no file gone.model"),
         ({"teacher": {"potential": "emt"}}, "filter.duplicates: needs the features of a MACE teacher"),
         (
-            {"teacher": {"labelled": "unlabelled.xyz"}},
+            {"teacher": {"labelled": "unlabelled.xyz"}, "synthetic": ...},
             "frame 0: expected finite labels REF_energy and REF_forces in all",
         ),
         ({"synthetic.strain": 2}, "synthetic.strain: expected periodic training frames"),
@@ -257,12 +264,17 @@ def test_stage_is_kept_by_content(tmp_path):
 )
 def test_bad_configs_fail_before_any_compute(place, tmp_path, change, message):
     content = yaml.safe_load(yaml.safe_dump(CONFIG | {"folder": str(tmp_path / "out")}))
+    if "teacher" in change:  # no committee
+        del content["filter"]["deviation"]
     for key, value in change.items():
         *path, last = key.split(".")
         target = content
         for part in path:
             target = target[part]
-        target[last] = value
+        if value is ...:
+            del target[last]
+        else:
+            target[last] = value
     (place / "bad.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises((ValueError, OSError), match=message):
         read_config(place / "bad.yaml")
