@@ -142,7 +142,7 @@ def advice(a: Agreement, available: int | None = None, gain: float | None = None
     count = a.frames if available is None else available
     shown = f"force correlation {a.correlation:.2f}, slope {a.slope:.2f}, {count} quantum frames"
     if gain is not None:
-        text = _by_pilot(gain, shown)
+        text = _by_pilot(gain, count, shown)
     elif a.correlation <= -POSSIBLE:
         return (
             f"The forces of the two levels are opposite: {shown}. One of them has the wrong sign (energy gradients "
@@ -158,7 +158,12 @@ def advice(a: Agreement, available: int | None = None, gain: float | None = None
     return text
 
 
-def _by_pilot(gain: float, shown: str) -> str:
+def _by_pilot(gain: float, count: int, shown: str) -> str:
+    if gain > CLEAR and count > MANY:
+        return (
+            f"Classical pre-training may do little: in the pilot, of at most 50 quantum frames, its force error was "
+            f"{gain:.2f} times lower, but with many hundreds of frames the gain fades ({shown})."
+        )
     if gain > CLEAR:
         return f"Classical pre-training helps: in the pilot its force error was {gain:.2f} times lower ({shown})."
     if gain > 1 / CLEAR:

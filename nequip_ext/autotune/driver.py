@@ -11,22 +11,27 @@ from typing import Any
 
 import yaml
 
-from mace_lora.atomic import content_digest, only_writer, write_text
+from mace_lora.atomic import only_writer, write_text
 from mace_lora.autotune.child import run_child
 from mace_lora.autotune.levels import Source, check_elements, check_mixed_up, read_source
 from mace_lora.autotune.offsets import by_composition, write_without
 from mace_lora.mace_plugin.labels import label_of
 
+from .records import (
+    FILES,
+    SCHEDULE,
+    check_classical_data,
+    check_start,
+    data_files,
+    fingerprint,
+    finished,
+    quantum_data,
+)
+
 __all__ = ["normalisation", "run"]
 
 _KEYS = {"frames", "val", "epochs", "lr", "checkpoint"}
-_SCHEDULE = {"lr_decay": ("LayerwiseRates", "decay", 1.0), "unfreeze": ("GradualUnfreezing", "every", None)}
 _OFFSETS = ("element", "composition")
-_FILES = ("file_path", "train_file_path", "val_file_path", "test_file_path")
-_ELSEWHERE = ("folder", "autotune", "run", "hydra", "frames")  # of no consequence for stage one, or hashed
-_REPORTS = tuple(
-    f"trainer.{k}" for k in ("accelerator", "devices", "logger", "log_every_n_steps", "enable_progress_bar")
-)
 
 
 def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[str], None] = print) -> Path:
@@ -70,11 +75,13 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
         *overrides, f"frames={_quoted(frames)}", f"epochs={settings['epochs']}", f"lr={settings['lr']}",
         *(f"data.split_dataset.{part}={count}" for part, count in split.items()), "run=[train]",
         "autotune.checkpoint=null",
-        *(f"autotune.{key}={'null' if off is None else off}" for key, (*_, off) in _SCHEDULE.items()
+        *(f"autotune.{key}={'null' if off is None else off}" for key, (*_, off) in SCHEDULE.items()
           if key in config["autotune"]),
     ]  # fmt: skip
-    wanted = _fingerprint(_compose(folder, name, mine), classical.path) | {"autotune.offsets": settings["offsets"]}
-    if _finished(first, wanted):
+    one = _compose(folder, name, mine)
+    check_classical_data(one, frames)
+    wanted = fingerprint(one, classical.path) | {"autotune.offsets": settings["offsets"]}
+    if finished(first, wanted):
         say(f"stage one is there: {first / 'best.ckpt'}")
     else:
         say(f"stage one: training on {classical.path}")
@@ -85,7 +92,7 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
         write_text(first / "stage_one.json", json.dumps({"finished": False, "settings": wanted}) + "\n")
         _train(folder, name, first, mine)
         write_text(first / "stage_one.json", json.dumps({"finished": True, "settings": wanted}) + "\n")
-    _check_start(out, first / "best.ckpt", schedule)
+    check_start(out, first / "best.ckpt", schedule, quantum_data(config))
     say("stage two: fine-tuning on the quantum labels")
     neighbours = [f"{k}={v}" for k, v in normalisation(first / "best.ckpt").items()]
     _train(folder, name, out, [*overrides, f"autotune.checkpoint={_quoted(first / 'best.ckpt')}", *neighbours])
@@ -128,11 +135,7 @@ def _resolved(root: dict[str, Any], value: Any) -> Any:
 
 def _check_levels(classical: Source, config: dict[str, Any]) -> None:
     """The classical file against those of the config, under the config's labels."""
-    data = config.get("data") or {}
-    parts = data.get("split_dataset") or {}
-    places = [data, *(parts if isinstance(parts, list) else [parts])]
-    paths = [p[key] for p in places for key in _FILES if p.get(key)]
-    paths = [q for p in paths for q in (p if isinstance(p, list) else [p]) if "${" not in str(q)]
+    data, paths = config.get("data") or {}, data_files(config, FILES)
     if not str(data.get("_target_", "")).endswith("ASEDataModule"):
         return  # other modules have files and labels of their own
     arguments = data.get("ase_args") or {}
@@ -148,56 +151,13 @@ def _energy_key(config: dict[str, Any]) -> str:
     return str(next((k for k, v in mapping.items() if v == "total_energy"), "energy"))
 
 
-def _fingerprint(config: dict[str, Any], classical: Path) -> dict[str, str]:
-    """What stage one depends on: its whole config, and the content of the classical file."""
-    flat: dict[str, str] = {"autotune.frames": content_digest(classical)}
-
-    def add(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                add(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            flat[prefix] = json.dumps(value)
-
-    add("", {k: v for k, v in config.items() if k not in _ELSEWHERE})
-    return {k: v for k, v in flat.items() if not k.endswith("file_path") and not k.startswith(_REPORTS)}
-
-
-def _finished(first: Path, wanted: dict[str, str]) -> bool:
-    """Whether stage one is there.
-
-    Raises:
-        ValueError: what is there was made with other data or settings, or nobody knows with which.
-    """
-    marker = first / "stage_one.json"
-    left = [p for p in (first / "best.ckpt", first / "last.ckpt") if p.is_file()]
-    if not left:
-        return False
-    content = json.loads(marker.read_text()) if marker.is_file() else {}
-    if "settings" not in content:
-        raise ValueError(
-            f"{first}: checkpoints are left of a stage whose settings are unknown; give another folder, or remove it"
-        )
-    saved = {"autotune.offsets": "element"} | content["settings"]  # an earlier version had no choice
-    changed = [
-        f"{k}: {saved.get(k, 'none')} before, {wanted.get(k, 'none')} now"
-        for k in sorted({*saved, *wanted}) if saved.get(k) != wanted.get(k)
-    ]  # fmt: skip
-    if changed:
-        raise ValueError(
-            f"{first}: its stage was made with other settings ({'; '.join(changed)}); give those, give another folder, "
-            "or remove it"
-        )
-    return bool(content["finished"]) and (first / "best.ckpt").is_file()
-
-
 def _schedule(config: dict[str, Any], file: Path) -> dict[str, Any]:
     """The schedule of stage two, which the config must hand on to what carries it out.
 
     Raises:
         ValueError: a value out of range, or one that nothing in the config uses.
     """
-    found = {key: config["autotune"].get(key, off) for key, (*_, off) in _SCHEDULE.items()}
+    found = {key: config["autotune"].get(key, off) for key, (*_, off) in SCHEDULE.items()}
     decay, every = found["lr_decay"], found["unfreeze"]
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1:
         raise ValueError(f"{file}: autotune.lr_decay: expected a factor above 0 and up to 1, got {decay!r}")
@@ -205,7 +165,7 @@ def _schedule(config: dict[str, Any], file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: autotune.unfreeze: expected null or at least 1 epoch, got {every!r}")
     groups = config.get("training_module", {}).get("optimizer", {}).get("param_groups") or {}
     parts = [groups, *(config.get("trainer", {}).get("callbacks") or [])]
-    for key, (name, argument, off) in _SCHEDULE.items():
+    for key, (name, argument, off) in SCHEDULE.items():
         used = any(
             str(p.get("_target_", "")).endswith(name) and p.get(argument) == f"${{autotune.{key}}}" for p in parts
         )
@@ -215,29 +175,6 @@ def _schedule(config: dict[str, Any], file: Path) -> dict[str, Any]:
                 f"{argument}: ${{autotune.{key}}}, as in recipes/configs/nequip_autotune.yaml"
             )
     return found
-
-
-def _check_start(out: Path, checkpoint: Path, schedule: dict[str, Any]) -> None:
-    """Stage two goes on from its own classical stage and with its own schedule only; new ones are noted.
-
-    Raises:
-        ValueError: its last checkpoint started from other weights, or had another schedule.
-    """
-    marker, digest = out / "stage_two.json", content_digest(checkpoint)
-    saved = json.loads(marker.read_text()) if marker.is_file() else {}
-    if (out / "last.ckpt").is_file():
-        if saved.get("classical") != digest:
-            raise ValueError(
-                f"{out / 'last.ckpt'}: it did not start from {checkpoint} as it is now; remove last.ckpt and best.ckpt "
-                f"of {out} to start stage two anew, or give another folder"
-            )
-        for key, value in schedule.items():
-            if (before := saved.get(key, _SCHEDULE[key][-1])) != value:
-                raise ValueError(
-                    f"autotune.{key}: expected {before} as in {out / 'last.ckpt'}, which is continued, got {value}; "
-                    "give it again, or another folder"
-                )
-    write_text(marker, json.dumps({"classical": digest, **schedule}) + "\n")
 
 
 def _quoted(path: Path) -> str:
@@ -262,7 +199,7 @@ def _check_keys(config: dict[str, Any], file: Path, overrides: Sequence[str]) ->
         key = override.partition("=")[0].lstrip("+")
         if key.startswith("autotune."):
             found.add(key.removeprefix("autotune."))
-    wanted = (*_SCHEDULE, "offsets")
+    wanted = (*SCHEDULE, "offsets")
     unknown, missing = sorted(found - _KEYS - {*wanted}), sorted(_KEYS - {"checkpoint"} - found)
     if unknown or missing:
         raise ValueError(

@@ -70,6 +70,7 @@ def test_a_pilot_decides():
     assert "makes no clear difference: the force errors of the pilot's two" in advice(good, gain=1.12)
     assert "helps: in the pilot its force error was 1.50 times lower" in advice(bad, gain=1.5)
     assert "likely to help" not in advice(bad, gain=1.5)
+    assert "may do little: in the pilot, of at most 50 quantum frames" in advice(bad, 5000, gain=1.5)
 
 
 def test_gradients_given_as_forces():

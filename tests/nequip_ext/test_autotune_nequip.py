@@ -249,6 +249,21 @@ def test_a_changed_classical_stage_is_not_continued(stages, tmp_path):
     assert not json.loads((tmp_path / "out" / "stage_two.json").read_text())["classical"].startswith("other")
 
 
+def test_other_quantum_data_are_not_continued(stages, springs, tmp_path):
+    go, calls, _, _ = stages
+    go()
+    quantum = ase.io.read(ROOT / "mace_lora" / "embedded" / "glycolamide_pbe0.extxyz.gz", "0:60", format="extxyz")
+    ase.io.write(tmp_path / "q.xyz", quantum, format="extxyz")
+    file = driver._quoted(tmp_path / "q.xyz")
+    for changes in (("frames=" + file,), ("data.split_dataset.train=40",)):
+        with pytest.raises(ValueError, match=r"data: .*last.ckpt, which is continued, was trained on other fra"):
+            go(*changes)
+    go("epochs=9")  # no other data
+    with pytest.raises(ValueError, match=r"data: the classical stage would read .*q\.xyz; expected split_dataset with"):
+        go(f"data.split_dataset.file_path={file}", out="fixed")
+    assert len(calls) == 3
+
+
 def test_schedule_is_of_stage_two_alone(stages):
     go, calls, _, _ = stages
     with pytest.raises(
