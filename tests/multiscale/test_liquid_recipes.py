@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from ase.build import molecule
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -30,12 +31,11 @@ def test_another_scale_needs_another_folder(recipe, monkeypatch, tmp_path):
     for _ in range(2):  # the same settings go on
         with pytest.raises(Begun):
             recipe.main(scale="smoke", **options)
-    with pytest.raises(
-        SystemExit, match=r"--folder: expected a folder of these settings, got .*scale: smoke before, lap"
-    ):
+    other = r"begun with other settings \(scale: 'smoke' before, 'laptop' now.*give those again, or another folder"
+    with pytest.raises(typer.BadParameter, match=other):
         recipe.main(scale="laptop", **options)
     if "scratch" in options:
-        with pytest.raises(SystemExit, match="scratch: False before, True now"):
+        with pytest.raises(typer.BadParameter, match="scratch: False before, True now"):
             recipe.main(scale="smoke", **options | {"scratch": True})
 
 
