@@ -134,7 +134,7 @@ def refit_references(run: Run, model: nn.Module) -> None:
         atoms = table.counts.sum(1)
         after = shift(model.atomic_energies_fn.atomic_energies, table)  # type: ignore[union-attr, arg-type]
         before, left = _rms(table.residual / atoms), _rms(after / atoms)
-        logging.info("equitune: autotune: energy references refitted: residual %.2f -> %.2f meV/atom", before, left)
+        logging.debug("equitune: autotune: energy references refitted: residual %.2f -> %.2f meV/atom", before, left)
 
 
 def _rms(values: np.ndarray) -> float:

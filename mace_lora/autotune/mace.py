@@ -150,9 +150,11 @@ class AutotunePlugin(TrainPlugin):
         if change:
             logging.info("equitune: autotune: epoch %d: %s", epoch, change)
 
-    def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> dict[str, Any]:
+    def before_validation(self, run: Run, model: nn.Module) -> None:
         if run.state.get("autotune_refit"):
             refit_references(run, model)
+
+    def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> dict[str, Any]:
         return _schedule(run.args) | {"classical": run.state.get("autotune_classical")}
 
 

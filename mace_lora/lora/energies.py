@@ -1,4 +1,4 @@
-"""Energy references of an adapter, refitted by least squares whenever the adapter is saved.
+"""Energy references of an adapter, refitted by least squares before every validation.
 
 Training on forces leaves the energies with an offset that the optimiser hardly sees: the loss of the
 energies per atom is orders of magnitude below that of the forces. The offset is linear in the numbers
@@ -26,8 +26,9 @@ __all__ = [
 ]  # fmt: skip
 
 MODULE, BUFFER = "atomic_energies_fn", "atomic_energies"
-# singular values below this share of the largest: combinations of elements that the data does not determine
-_CUTOFF = 0.05
+# Singular values below the first share of the largest: combinations of elements that the data hardly determines. They
+# are fitted only if that takes away more than a model's own errors (eV/atom): another method's references do, by eV.
+_CUTOFF, _FLOOR, _BEYOND_MODELS = 0.05, 1e-4, 0.05
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,15 @@ def solve_offsets(counts: np.ndarray, residual: np.ndarray) -> np.ndarray:
         residual: (frames,), label minus model in eV.
 
     Returns:
-        (elements,) in eV. Combinations of elements that the frames hardly determine stay at zero:
-        for frames of one composition only the composition's own energy is shifted.
+        (elements,) in eV. Combinations of elements that the frames hardly determine stay at zero unless they leave
+        more than 50 meV/atom: for frames of one composition only the composition's own energy is shifted.
     """
     atoms = counts.sum(1, keepdims=True)
-    solution: np.ndarray = np.linalg.lstsq(counts / atoms, residual / atoms[:, 0], rcond=_CUTOFF)[0]
+    u, s, vt = np.linalg.svd(counts / atoms, full_matrices=False)  # (frames, k), (k,), (k, elements)
+    explained = (residual / atoms[:, 0]) @ u  # (k,)
+    needed = np.abs(explained) > _BEYOND_MODELS * np.sqrt(len(residual))
+    kept = (s > _CUTOFF * s[0]) | ((s > _FLOOR * s[0]) & needed)
+    solution: np.ndarray = (explained[kept] / s[kept]) @ vt[kept]
     return solution
 
 
@@ -96,7 +101,9 @@ def shift(references: torch.Tensor, table: evaluation.EnergyTable) -> np.ndarray
 
 
 @torch.no_grad()
-def fit_references(model: nn.Module, adapter: str, dataset: Any, chosen: Sequence[int]) -> ReferenceFit | None:
+def fit_references(
+    model: nn.Module, adapter: str, dataset: Any, chosen: Sequence[int], level: int = logging.INFO
+) -> ReferenceFit | None:  # fmt: skip
     """Set the adapter's update of the energy references to the least-squares solution, in place.
 
     Args:
@@ -104,6 +111,7 @@ def fit_references(model: nn.Module, adapter: str, dataset: Any, chosen: Sequenc
         adapter: its name.
         dataset: upstream's training graphs.
         chosen: indices of the frames; those without an energy label are left out.
+        level: of the message.
 
     Returns:
         residuals before and after, or None where no frame has an energy.
@@ -117,8 +125,8 @@ def fit_references(model: nn.Module, adapter: str, dataset: Any, chosen: Sequenc
     after = shift(update, table)
     atoms = table.counts.sum(1)
     rms = [float(np.sqrt(np.mean((r / atoms) ** 2))) for r in (table.residual, after)]
-    logging.info(
-        "equitune: energy references refitted on %d frames: rms residual %.2f -> %.2f meV/atom",
+    logging.log(
+        level, "equitune: energy references refitted on %d frames: rms residual %.2f -> %.2f meV/atom",
         len(atoms), 1e3 * rms[0], 1e3 * rms[1],
     )  # fmt: skip
     return ReferenceFit(rms[0], rms[1], len(atoms))

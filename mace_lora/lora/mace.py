@@ -117,11 +117,15 @@ class LoraPlugin(TrainPlugin):
 
     def before_epoch(self, run: Run, model: nn.Module, epoch: int) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # only the first process writes checkpoints, and refits the energy references as it does
+            # every process refits the energy references, on a GPU not to the last digit
             for layer in adapter_layers(model).values():
                 for update in layer.lora_dense[ADAPTER].values():
                     if not update.requires_grad:
                         torch.distributed.broadcast(update.data, 0)
+
+    def before_validation(self, run: Run, model: nn.Module) -> None:
+        if run.args.lora_refit_E0s:
+            _refit(run, model, logging.DEBUG)
 
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
         bad = [k for k, v in adapter_tensors(model, ADAPTER).items() if not bool(torch.isfinite(v).all())]
@@ -130,8 +134,6 @@ class LoraPlugin(TrainPlugin):
                 f"--lora: the adapter contains NaN or infinity in {bad[0]}: the training has diverged; the last "
                 "checkpoint and adapter are unchanged; start again with a lower --lr and another --name"
             )
-        if run.args.lora_refit_E0s:
-            _refit(run, model)
         state = {"epoch": epoch, "validation_loss": run.last_valid_loss, **_valid_errors(run)}
         return {
             "config": run.state["lora_config"].to_dict(), "refit_E0s": run.args.lora_refit_E0s, "state": state,
@@ -206,10 +208,10 @@ def _is_current(folder: Path, state: Mapping[str, Any]) -> bool:
         return False
 
 
-def _refit(run: Run, model: nn.Module) -> None:
+def _refit(run: Run, model: nn.Module, level: int = logging.INFO) -> None:
     if "lora_fit_frames" not in run.state:
         run.state["lora_fit_frames"] = spread(run.train_dataset, _FIT_FRAMES)
-    fit_references(model, ADAPTER, run.train_dataset, run.state["lora_fit_frames"])
+    fit_references(model, ADAPTER, run.train_dataset, run.state["lora_fit_frames"], level)
 
 
 _ERRORS = {
@@ -219,7 +221,7 @@ _ERRORS = {
 
 
 def _valid_errors(run: Run) -> dict[str, str]:
-    """Validation errors of the epoch as upstream computed them (before the energy references were refitted)."""
+    """Validation errors of the epoch as upstream computed them."""
     found = {name: run.state.get("valid_errors", {}).get(name) for name in _ERRORS}
     return {f"validation_{k}": f"{float(v):.6g} {_ERRORS[k]}" for k, v in found.items() if isinstance(v, numbers.Real)}
 

@@ -54,6 +54,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
     "mace.tools.train": {
         "train": ("model", "loss_fn", "train_loader"),
         "valid_err_log": ("valid_loss",),
+        "evaluate": ("model", "loss_fn", "data_loader"),
         "train_one_epoch": ("model", "loss_fn", "data_loader", "optimizer", "epoch"),
     },
     "mace.tools.scripts_utils": {"get_params_options": ("args", "model"), "extract_config_mace_model": ("model",)},

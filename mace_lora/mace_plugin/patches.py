@@ -7,7 +7,6 @@ Outside a run of ``mace_run_train`` (no :func:`current_run`) every wrapper passe
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -21,7 +20,9 @@ from . import checkpoints, distributed
 from .contract import require
 from .energies import restore_energy_references
 from .model_files import atomic_torch
-from .protocol import Run, SettingsError, current_run, load_plugins, run_training, start_run
+from .protocol import Run, current_run, load_plugins, run_training, start_run
+from .training import patch_checkpoint, patch_train
+from .wrapping import or_exit, wrap
 
 __all__ = [
     "patch_arg_parser",
@@ -37,36 +38,10 @@ __all__ = [
 ]
 
 
-def _wrap(module: ModuleType, name: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorator: replace ``module.name`` by a function that receives the original first."""
-
-    def decorate(function: Callable[..., Any]) -> None:
-        require(module, name)
-        original = getattr(module, name)
-
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return function(original, *args, **kwargs)
-
-        setattr(module, name, wrapper)
-
-    return decorate
-
-
-def _or_exit(step: Callable[..., Any], *args: Any) -> Any:
-    """Run a plugin step; a SettingsError ends the program with its message, not a traceback."""
-    try:
-        return step(*args)
-    except SettingsError as err:
-        start_run(None)
-        # Not an Exception: upstream has ``except Exception`` around restarts.
-        raise SystemExit(f"mace_run_train: error: {err}") from err
-
-
 def patch_arg_parser(module: ModuleType) -> None:
     """Plugins add their flags."""
 
-    @_wrap(module, "build_default_arg_parser")
+    @wrap(module, "build_default_arg_parser")
     def build(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         parser = original(*args, **kwargs)
         upstreams = set(parser._actions)
@@ -81,24 +56,24 @@ def patch_arg_parser(module: ModuleType) -> None:
 def patch_arg_parser_tools(module: ModuleType) -> None:
     """The run starts here: plugins check the arguments before any work."""
 
-    @_wrap(module, "check_args")
+    @wrap(module, "check_args")
     def check_args(original: Callable[..., Any], args: Any) -> Any:
         args, messages = original(args)
         run = Run(args, load_plugins())
         start_run(run)
         for plugin in run.plugins:
-            _or_exit(plugin.check_args, run)
+            or_exit(plugin.check_args, run)
         if run.active():
-            _or_exit(checkpoints.lock, run)
-            _or_exit(distributed.prepare, args)
-        _or_exit(checkpoints.check_restart, run)
+            or_exit(checkpoints.lock, run)
+            or_exit(distributed.prepare, args)
+        or_exit(checkpoints.check_restart, run)
         return args, messages
 
 
 def patch_data_utils(module: ModuleType) -> None:
     """``--E0s=estimated``: upstream fails where the foundation's dtype is not ``--default_dtype``."""
 
-    @_wrap(module, "estimate_e0s_from_foundation")
+    @wrap(module, "estimate_e0s_from_foundation")
     def estimate(original: Callable[..., Any], foundation_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_default_dtype()
         if current_run() is not None and next(foundation_model.parameters()).dtype != dtype:
@@ -109,20 +84,20 @@ def patch_data_utils(module: ModuleType) -> None:
 def patch_multihead_tools(module: ModuleType) -> None:
     """Plugins change what data are read with; the foundation is loaded by then, the data are not."""
 
-    @_wrap(module, "dict_head_to_dataclass")
+    @wrap(module, "dict_head_to_dataclass")
     def head_config(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = current_run()
         if run is not None and not run.state.get("before_data"):
             run.state["before_data"] = True
             for plugin in run.active():
-                _or_exit(plugin.before_data, run)
+                or_exit(plugin.before_data, run)
         return original(*args, **kwargs)
 
 
 def patch_model_script_utils(module: ModuleType) -> None:
     """Data checks before, energy references and plugins after upstream builds the model."""
 
-    @_wrap(module, "configure_model")
+    @wrap(module, "configure_model")
     def configure_model(original: Callable[..., Any], args: Any, train_loader: Any, *rest: Any, **kwargs: Any) -> Any:
         run = current_run()
         if run is None:
@@ -135,10 +110,10 @@ def patch_model_script_utils(module: ModuleType) -> None:
         run.elements = [int(z) for z in bound["z_table"].zs]
         run.state["head_configs"] = list(bound.get("head_configs") or [])
         for plugin in run.plugins:
-            _or_exit(plugin.check_foundation, run)
+            or_exit(plugin.check_foundation, run)
         active = run.active()  # before_model may change what enabled() looks at, for upstream's sake
         for plugin in active:
-            _or_exit(plugin.before_model, run)
+            or_exit(plugin.before_model, run)
         if run.stand_in is not None:
             bound["model_foundation"] = run.stand_in
         model, output_args = original(*call.args, **call.kwargs)
@@ -147,7 +122,7 @@ def patch_model_script_utils(module: ModuleType) -> None:
             given = {int(z) for h in bound.get("head_configs") or [] for z in h.atomic_numbers}
             restore_energy_references(model, run.E0s, given or set(run.elements))
         for plugin in sorted(active, key=lambda p: p.model_order):
-            model = _or_exit(plugin.after_model, run, model)
+            model = or_exit(plugin.after_model, run, model)
         run.model = weakref.ref(model)
         return model, output_args
 
@@ -155,20 +130,20 @@ def patch_model_script_utils(module: ModuleType) -> None:
 def patch_run_train(module: ModuleType) -> None:
     """LBFGS keeps its history for what is trained only; model files are never half-written."""
 
-    @_wrap(module, "LBFGS")
+    @wrap(module, "LBFGS")
     def lbfgs(original: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Any:
         run = current_run()
         if run is not None and run.active():
             params = [p for p in params if p.requires_grad]
         return original(params, *args, **kwargs)
 
-    module.torch = atomic_torch(_or_exit)  # type: ignore[attr-defined]
+    module.torch = atomic_torch(or_exit)  # type: ignore[attr-defined]
 
 
 def patch_lora(module: ModuleType) -> None:
     """``--lora``: the model already has our adapters; at the end they are merged our way."""
 
-    @_wrap(module, "inject_LoRAs")
+    @wrap(module, "inject_LoRAs")
     def inject(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         run = run_training(model)
         if run is not None and any(p.name == "lora" for p in run.active()):
@@ -177,7 +152,7 @@ def patch_lora(module: ModuleType) -> None:
         injected: nn.Module = original(model, *args, **kwargs)
         return injected
 
-    @_wrap(module, "merge_lora_weights")
+    @wrap(module, "merge_lora_weights")
     def merge(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         run = current_run()  # the model is a copy of the run's
         if run is None or not run.active() or _has_class_of(module, model):
@@ -200,7 +175,7 @@ def _has_class_of(module: ModuleType, model: nn.Module) -> bool:
 def patch_scripts_utils(module: ModuleType) -> None:
     """Optimiser groups; and a config is read from the merged model, which has stock classes."""
 
-    @_wrap(module, "get_params_options")
+    @wrap(module, "get_params_options")
     def get_params_options(original: Callable[..., Any], args: Any, model: nn.Module) -> dict[str, Any]:
         options: dict[str, Any] = original(args, model)
         run = run_training(model)
@@ -213,7 +188,7 @@ def patch_scripts_utils(module: ModuleType) -> None:
             options["params"] = plugin.change_groups(run, model, options["params"])
         return options
 
-    @_wrap(module, "extract_config_mace_model")
+    @wrap(module, "extract_config_mace_model")
     def extract_config(original: Callable[..., Any], model: nn.Module) -> Any:
         run = run_training(model)
         if run is not None:
@@ -228,82 +203,3 @@ def patch_scripts_utils(module: ModuleType) -> None:
                 "config of a stock model, which this is not; leave these options out"
             )
         return config
-
-
-def patch_train(module: ModuleType) -> None:
-    """Restore a restart's exact state; EMA only over what is trained; remember the loss."""
-
-    @_wrap(module, "valid_err_log")
-    def valid_err_log(original: Callable[..., Any], valid_loss: Any, *args: Any, **kwargs: Any) -> Any:
-        run = current_run()
-        if run is not None:
-            run.last_valid_loss = float(valid_loss)
-            run.state["valid_errors"] = args[0] if args else kwargs.get("eval_metrics", {})  # of the last head
-        return original(valid_loss, *args, **kwargs)
-
-    @_wrap(module, "train")
-    def train(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        run = run_training(kwargs["model"]) if "model" in kwargs else None
-        if run is not None:
-            ema = kwargs.get("ema")
-            if ema is not None:
-                trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
-                ema = type(ema)(trained, decay=ema.decay)
-                kwargs["ema"] = run.ema = ema
-            if run.restored is not None:
-                for plugin in run.active():
-                    _or_exit(plugin.after_restart, run, kwargs["model"])
-            _or_exit(checkpoints.resume, run, kwargs["model"])
-            logging.info("equitune: training %s values", f"{_trained(kwargs['model']):,}")
-        return original(*args, **kwargs)
-
-    @_wrap(module, "train_one_epoch")
-    def train_one_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        run = run_training(kwargs["model"]) if "model" in kwargs else None
-        for plugin in run.active() if run is not None else ():
-            plugin.before_epoch(run, kwargs["model"], int(kwargs["epoch"]))  # type: ignore[arg-type]
-        return original(*args, **kwargs)
-
-
-def _trained(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def patch_checkpoint(module: ModuleType) -> None:
-    """Checkpoints are written atomically and carry the plugins' and EMA's state."""
-
-    for name in ("CheckpointBuilder", "CheckpointIO", "CheckpointHandler"):
-        require(module, name)
-    handler, builder, io = module.CheckpointHandler, module.CheckpointBuilder, module.CheckpointIO
-    handler_save, load_checkpoint, io_save = handler.save, builder.load_checkpoint, io.save
-
-    @functools.wraps(handler_save)
-    def save(self: Any, state: Any, epochs: int, keep_last: bool = False) -> None:
-        run = run_training(state.model)
-        if run is None:
-            handler_save(self, state, epochs, keep_last)
-            return
-        if not checkpoints.is_best(run, self.io.swa_start, epochs):
-            return
-        checkpoint = self.builder.create_checkpoint(state)
-        checkpoint["equitune"] = _or_exit(checkpoints.collect, run, state.model, self.io.swa_start, epochs)
-        self.io.save(checkpoint, epochs, keep_last)
-        for plugin in run.active():
-            _or_exit(plugin.after_checkpoint, run, state.model, checkpoint["equitune"]["plugins"][plugin.name])
-
-    def load(state: Any, checkpoint: dict[str, Any], strict: bool) -> None:
-        load_checkpoint(state, checkpoint, strict)
-        run = run_training(state.model)
-        if run is not None:
-            run.restored = checkpoint.get("equitune")
-
-    @functools.wraps(io_save)
-    def save_file(self: Any, checkpoint: dict[str, Any], epochs: int, keep_last: bool = False) -> None:
-        if "equitune" not in checkpoint:
-            io_save(self, checkpoint, epochs, keep_last)
-            return
-        _or_exit(checkpoints.write, self, checkpoint, epochs, keep_last, torch.save)
-
-    handler.save = save
-    builder.load_checkpoint = staticmethod(functools.wraps(load_checkpoint)(load))
-    io.save = save_file

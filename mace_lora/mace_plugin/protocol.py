@@ -139,6 +139,9 @@ class TrainPlugin:
     def before_epoch(self, run: Run, model: nn.Module, epoch: int) -> None:
         """Called before every epoch, also the first after a restart."""
 
+    def before_validation(self, run: Run, model: nn.Module) -> None:
+        """Called after an epoch, with the weights that are judged and saved (EMA's, where there is one)."""
+
     def on_checkpoint(self, run: Run, model: nn.Module, epoch: int, stage_two: bool) -> Mapping[str, Any]:
         """Called when a best checkpoint is written; returns what to store in it."""
         return {}

@@ -58,7 +58,7 @@ def test_two_processes_give_the_weights_of_one(job, tmp_path):
 
 
 def test_two_processes_share_the_energy_references(job, tmp_path):
-    """Only the first process refits them; after wrong E0s the others would train against another target."""
+    """After wrong E0s, one that had others would train against another target."""
     common = {"max_num_epochs": 3, "default_dtype": "float64", "lr": 1e-3, "clip_grad": 1e6}
     e0s = ast.literal_eval((job / "e0s.txt").read_text())
     common["E0s"] = str({z: e + 0.9 for z, e in e0s.items()})
