@@ -149,9 +149,6 @@ class NequipStudent:
         if "start" in settings:
             keys["autotune.checkpoint"] = settings["start"]
             keys |= normalisation(Path(settings["start"]))
-            # scales of the fewer, calmer quantum frames would damp what was learnt; where the two levels' forces
-            # are of different size, flags of the fine-tuning keep the scales too
-            keys.setdefault("training_module.model.keep", ["shifts"])
         command = [str(Path(sys.executable).parent / "nequip-train"), "-cd", str(place), "-cn", _NAME]
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with only_writer(place) as lock, (place / "output.log").open("a") as log:

@@ -12,6 +12,7 @@ import torch
 from nequip.data import AtomicDataDict
 from torch import nn
 
+from mace_lora.autotune.scale import scale_between
 from mace_lora.lora.blocks import is_kind
 from mace_lora.lora.energies import solve_offsets
 from nequip_ext.checks import require_flags, require_sizes
@@ -57,12 +58,14 @@ class AlignEnergies(WithTrainingFrames):
     Args:
         max_frames: training frames used.
         every_validation: refit before every validation too (energies of these frames, no forces).
+        rescale: at the start also multiply the energy scales of the types by the ratio of the root mean square forces,
+            label to model, where the two agree well enough: after a stage on labels of another method.
     """
 
-    def __init__(self, max_frames: int = 200, every_validation: bool = True) -> None:
+    def __init__(self, max_frames: int = 200, every_validation: bool = True, rescale: bool = False) -> None:
         super().__init__(max_frames)
-        require_flags({"every_validation": every_validation})
-        self.every_validation = every_validation
+        require_flags({"every_validation": every_validation, "rescale": rescale})
+        self.every_validation, self.rescale = every_validation, rescale
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Refit, unless training goes on from a checkpoint.
@@ -84,6 +87,8 @@ class AlignEnergies(WithTrainingFrames):
                 raise ValueError(
                     f"AlignEnergies: the model {name} has no per_type_energy_shifts to refit; set them (0.0 will do)"
                 )
+            if self.rescale:
+                rescale(pl_module, model, self.batches(trainer))
             if not refit(pl_module, model, shifts, self.batches(trainer)):
                 raise ValueError("AlignEnergies: expected total_energy labels in the training frames, got none")
 
@@ -134,6 +139,40 @@ def refit(
     for tensor in with_averages(pl_module, shifts):
         tensor.copy_(new)
     return True
+
+
+@torch.no_grad()
+def rescale(pl_module: Any, model: Any, batches: Iterable[dict[str, Any]]) -> float:
+    """Multiply the energy scales by the ratio of the forces, label to model, and their EMA copies too.
+
+    Args:
+        batches: training frames.
+
+    Returns:
+        the factor; 1 where the model has no scales, or the forces have too little in common to take one from.
+    """
+    key, sums = AtomicDataDict.FORCE_KEY, np.zeros(3)
+    for batch in batches:
+        if key in batch:
+            label, mine = batch[key].double(), predict(model, batch)[key].double()
+            known = torch.isfinite(label)
+            label, mine = label[known], mine[known]
+            sums += [float(label @ mine), float(label @ label), float(mine @ mine)]
+    correlation, factor = scale_between(*sums)
+    # a long path beside a trained model has a copy of its scales
+    tensors = {id(m.scales): m.scales for m in model.modules() if torch.is_tensor(getattr(m, "scales", None))}
+    scales = [t for t in tensors.values() if t.numel()]
+    if not scales:
+        factor = 1.0
+    for tensor in scales:
+        new = tensor * factor
+        for place in with_averages(pl_module, tensor):
+            place.copy_(new)
+    _LOG.info(
+        "labels against the model's forces: correlation %.3f%s", correlation,
+        "" if factor == 1.0 else f"; energy scales multiplied by {factor:.3f}",
+    )  # fmt: skip
+    return factor
 
 
 def training_batches(trainer: Any, max_frames: int) -> Iterator[dict[str, torch.Tensor]]:

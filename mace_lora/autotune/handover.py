@@ -14,11 +14,12 @@ from mace_lora.lora.energies import shift
 from mace_lora.mace_plugin import evaluation
 from mace_lora.mace_plugin.protocol import Run
 
+from .scale import scale_between
+
 __all__ = ["Alignment", "align", "refit_references"]
 
 _FRAMES = 100
 _NOTICEABLE = 50.0  # meV/atom: a mean residual that the network would have to learn
-_RATIOS, _CORRELATION = (1 / 3, 3.0), 0.3  # beyond these the levels have nothing in common that a scale could mend
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ def align(
         refit: shift the energy references by least squares on the residuals (minimum norm); otherwise the residual
             is only printed, since the references are isolated atoms that were asked for.
         rescale: in a model of one head, multiply the energy scale by the ratio of the root mean square forces, label
-            to model. (The slope would do the same for perfectly correlated levels, and shrink the model where they
-            are not.)
+            to model.
         move_shift: where the references stay, add the mean residual per atom to the shift of the interaction energy.
             An isolated atom has the energy of its reference plus the shift: right for ScaleShiftMACE, whose shift
             upstream sets so; MACE's is zero, so that isolated atoms have their references exactly.
@@ -64,10 +64,9 @@ def align(
         what was done; it is logged too.
     """
     chosen = evaluation.spread(run.train_dataset, _FRAMES)
-    correlation, slope = _forces(model, [run.train_dataset[i] for i in chosen])
-    ratio = slope / correlation if correlation > _CORRELATION else 0.0
+    correlation, slope, ratio = _forces(model, [run.train_dataset[i] for i in chosen])
     rescale = rescale and len(getattr(model, "heads", [""])) == 1  # replay frames are of the old level
-    scale = ratio if rescale and _RATIOS[0] < ratio < _RATIOS[1] else 1.0
+    scale = ratio if rescale else 1.0
     model.scale_shift.scale.mul_(scale)  # type: ignore[operator, union-attr]
     table = evaluation.energy_table(model, run.train_dataset, chosen)
     if not len(table.residual):
@@ -141,8 +140,8 @@ def _rms(values: np.ndarray) -> float:
     return 1e3 * float(np.sqrt(np.mean(values**2)))
 
 
-def _forces(model: nn.Module, frames: list[Any]) -> tuple[float, float]:
-    """Correlation and slope of labels against predictions, a frame at a time."""
+def _forces(model: nn.Module, frames: list[Any]) -> tuple[float, float, float]:
+    """Correlation, slope and scale of labels against predictions, a frame at a time."""
     labels, predictions = [], []
     device = next(model.parameters()).device
     for frame in frames:
@@ -151,7 +150,6 @@ def _forces(model: nn.Module, frames: list[Any]) -> tuple[float, float]:
             predictions.append(evaluation.energy_forces(model, batch).forces.reshape(-1).double())
         labels.append(batch.forces.reshape(-1).double())
     label, mine = torch.cat(labels), torch.cat(predictions)
-    norms = float(label.norm() * mine.norm())
-    if not norms:
-        return 0.0, 1.0
-    return float(label @ mine) / norms, float(label @ mine) / float(mine @ mine)
+    product, square = float(label @ mine), float(mine @ mine)
+    correlation, ratio = scale_between(product, float(label @ label), square)
+    return correlation, product / square if square else 1.0, ratio

@@ -16,18 +16,19 @@ from nequip_ext.upstream.build import is_loading
 __all__ = ["Autotuned"]
 
 _LOG = logging.getLogger("equitune")
-_LEVEL = ("shifts", "scales")  # of PerTypeScaleShift: belong to a level of theory
+_LEVEL = ("shifts", "scales")  # of PerTypeScaleShift
 _NORMALISATION = "norm_const"  # files leave it out: it is always that of the config
 
 
 def Autotuned(
-    model: Mapping[str, Any], checkpoint: str | None = None, keep: Sequence[str] = _LEVEL,
+    model: Mapping[str, Any], checkpoint: str | None = None, keep: Sequence[str] = ("shifts",),
     model_dtype: str | None = None, compile_mode: str | None = None,
 ) -> nn.Module:  # fmt: skip
     """The inner model, with the weights of a checkpoint of the same architecture where one is given.
 
-    Energy shifts and scales of the types stay those of the config: they belong to the level of theory of the data
-    (T-PaiNN, arXiv 2603.24752).
+    Energy shifts of the types stay those of the config: they belong to the level of theory of the data (T-PaiNN,
+    arXiv 2603.24752). The weights belong to the scales they were trained with; ``AlignEnergies`` with ``rescale``
+    compares both levels on the same frames.
 
     Args:
         model: config of the inner model, as in stage one.
