@@ -171,7 +171,8 @@ def table() -> None:
         f"steps of {BATCH} frames for both; 16x0e+16x1o, max_ell 2, correlation 2, r_max 4.5 Å, float32; rates chosen "
         "on validation frames of the first seed; median (min–max) over seeds. E in meV per frame, raw and with the "
         "training frames' mean offset removed; F in meV/Å; fewer epochs: of the quantum stage, to scratch's "
-        "best validation force error. Energies: refit where the energy references were refitted at every best epoch, "
+        "best validation force error (0: never reached). "
+        "Energies: refit where the energy references were refitted at every best epoch, "
         f"as trained where they were not. *: unfinished, fewer than {len(LRS.split(','))} learning rates or "
         f"{len(SEEDS.split(','))} seeds.",
         "Command: `python benchmarks/autotune_mace.py run --data DIR`, `… table` "
@@ -254,17 +255,17 @@ def line(count: int, method: str, mine: list[dict[str, Any]], base: list[dict[st
             f"{median(r['test'][k] for r in base) / median(r['test'][k] for r in mine):.2f}"
             for k in ("mae_e", "mae_e_refit", "mae_f")
         ]
-    fewer = [f for f in (sooner(b, r) for b in base for r in mine if b["seed"] == r["seed"]) if f is not None]
-    ratios.append(f"{median(fewer):.1f} ({min(fewer):.1f}–{max(fewer):.1f})" if fewer and method != "scratch" else "–")
+    fewer = [sooner(b, r) for b in base for r in mine if b["seed"] == r["seed"]] if method != "scratch" else []
+    ratios.append(f"{median(fewer):.1f} ({min(fewer):.1f}–{max(fewer):.1f})" if fewer else "–")
     start = f"| {count} | {method} | {energies(mine[0])} | {mine[0]['lr']:g} | {len(mine)}{'*' if partial else ''} | "
     return start + " | ".join([*cells, *ratios]) + " |"
 
 
-def sooner(base: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """How many times fewer epochs of the quantum stage reach the best validation force error of the base."""
+def sooner(base: dict[str, Any], row: dict[str, Any]) -> float:
+    """How many times fewer epochs of the quantum stage reach the base's best validation force error; 0: none does."""
     best = min(f for _, f in base["curve"])
     when = next(epoch for epoch, f in base["curve"] if f == best)
-    return next(((when + 1) / (epoch + 1) for epoch, f in row["curve"] if f <= best), None)
+    return next(((when + 1) / (epoch + 1) for epoch, f in row["curve"] if f <= best), 0.0)
 
 
 if __name__ == "__main__":

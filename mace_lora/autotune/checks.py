@@ -48,6 +48,11 @@ def check_settings(args: argparse.Namespace) -> None:
             f"--autotune_offsets composition: not with --autotune_E0s {args.autotune_E0s}: without the mean of each "
             "composition, energies of isolated atoms mean nothing; drop one of the two"
         )
+    if args.autotune_offsets == "composition" and _replay(args):
+        raise SettingsError(
+            "--autotune_offsets composition: not with --pt_train_file: the classical model knows no energies of whole "
+            "compositions, which the frames to replay have; drop one of the two"
+        )
     _refuse_schedules(args)
     _refuse_lora(args)
     if _replay(args) and str(args.E0s).lower() == "average":

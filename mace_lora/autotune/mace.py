@@ -67,8 +67,8 @@ class AutotunePlugin(TrainPlugin):
 
         group.add_argument(
             "--autotune_refit_E0s", type=str2bool,
-            help="refit the energy references to the training frames at every best epoch of stage two, where they are "
-            "no isolated atoms (default True; with --lora see --lora_refit_E0s)",
+            help="refit the energy references to the training frames before every validation of stage two, where they "
+            "are no isolated atoms (default True; with --lora see --lora_refit_E0s)",
         )  # fmt: skip
         group.add_argument(
             "--autotune_lr_decay", type=float,

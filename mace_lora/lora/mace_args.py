@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora_refit_E0s",
         type=str2bool,
-        help="at every best epoch, shift the energy references by least squares on the training frames; the "
+        help="before every validation, shift the energy references by least squares on the training frames; the "
         "shift is part of the adapter (default True)",
     )
     group.add_argument("--lora_weight_decay", type=float, help="weight decay of all adapter parameters (default 0)")

@@ -15,7 +15,7 @@ import numpy as np
 
 from .protocol import SettingsError
 
-__all__ = ["check_files", "data_hashes", "label_of"]
+__all__ = ["check_files", "check_frame", "data_hashes", "label_of"]
 
 MAX_FORCE = 300.0  # eV/Å: beyond any structure worth training on; Hartree/Bohr mix-ups come earlier
 MAX_ENERGY_PER_ATOM = 2e6  # eV: beyond the all-electron total energy of any element
@@ -91,7 +91,8 @@ def check_files(args: argparse.Namespace, largest: float = MAX_FORCE) -> None:
         energies = forces = 0
         for index, atoms in enumerate(frames):
             where = f"--{flag}: {path} frame {index} ({atoms.get_chemical_formula()})"
-            energy, force = _check_frame(atoms, mine, where, largest)
+            energy, force = check_frame(atoms, mine.energy_key, mine.forces_key, where, largest)
+            _check_stress(atoms, mine, where)
             energies, forces = energies + energy, forces + force
         if not flag.endswith("test_file"):
             _check_labelled(mine, f"--{flag}: {path}", frames, energies, forces)
@@ -134,11 +135,26 @@ def _uses_stress(args: argparse.Namespace) -> bool:
     return bool(replay) or args.loss in ("stress", "virials", "huber", "universal")
 
 
-def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str, limit: float) -> tuple[bool, bool]:
-    """Check one frame; returns whether it has an energy and forces."""
+def check_frame(
+    atoms: ase.Atoms, energy_key: str, forces_key: str, where: str, limit: float = MAX_FORCE
+) -> tuple[bool, bool]:  # fmt: skip
+    """Check positions, energy and forces of one frame.
+
+    Args:
+        atoms: the frame.
+        energy_key, forces_key: of its labels.
+        where: it stands, for messages.
+        limit: force component beyond which a label is absurd, eV/Å.
+
+    Returns:
+        whether it has an energy, and forces.
+
+    Raises:
+        SettingsError: a NaN or absurd value, or a force array of the wrong shape.
+    """
     if not np.isfinite(atoms.positions).all():
         raise SettingsError(f"{where}: positions contain NaN or infinity; remove the frame")
-    energy, forces = label_of(atoms, "energy", args.energy_key), label_of(atoms, "forces", args.forces_key)
+    energy, forces = label_of(atoms, "energy", energy_key), label_of(atoms, "forces", forces_key)
     if energy is not None:
         value = float(energy)
         if not np.isfinite(value):
@@ -160,11 +176,14 @@ def _check_frame(atoms: ase.Atoms, args: argparse.Namespace, where: str, limit: 
                 f"{where}: force label of {largest:.4g} eV/A is absurd (limit {limit:g}); expected eV/A, check the "
                 "units, or remove the frame"
             )
+    return energy is not None, forces is not None
+
+
+def _check_stress(atoms: ase.Atoms, args: argparse.Namespace, where: str) -> None:
     for kind in ("stress", "virials") if _uses_stress(args) else ():  # one NaN makes all weights NaN
         label = label_of(atoms, kind, getattr(args, f"{kind}_key", kind))
         if label is not None and not np.isfinite(np.asarray(label, dtype=float)).all():
             raise SettingsError(f"{where}: {kind} label contains NaN or infinity; remove or relabel the frame")
-    return energy is not None, forces is not None
 
 
 def label_of(atoms: ase.Atoms, kind: str, key: str) -> Any:

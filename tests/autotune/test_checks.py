@@ -44,6 +44,10 @@ def test_sound_commands(arguments, frames_file):
         ({"lora": True, "freeze": 3}, "--freeze 3: --lora already freezes the base"),
         ({"pt_train_file": "x.xyz"}, "--E0s average: not with --pt_train_file, .* give --E0s=estimated"),
         ({"autotune_offsets": "composition", "autotune_E0s": "{1: -1.0}"}, "--autotune_offsets composition: not with"),
+        (
+            {"autotune_offsets": "composition", "multiheads_finetuning": True, "pt_train_file": "replay.xyz"},
+            "--autotune_offsets composition: not with --pt_train_file: the classical model knows no",
+        ),
         ({"autotune_E0s": "estimated"}, "--autotune_E0s estimated: the classical stage has no foundation model"),
     ],
 )

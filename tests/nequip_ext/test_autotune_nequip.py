@@ -329,3 +329,15 @@ def test_training_ends_with_the_driver(tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 143
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_labels_of_both_files_are_looked_at_before_stage_one(stages):
+    go, calls, _, classical = stages
+    text = classical.read_text()
+    classical.write_text(re.sub(r"REF_energy=\S+", "REF_energy=nan", text, count=1))
+    with pytest.raises(ValueError, match=r"autotune.frames: .* frame 0 \(C2H5NO2\): energy label is nan; remove or"):
+        go()
+    classical.write_text(text.replace("REF_forces", "forces"))
+    with pytest.raises(ValueError, match=r"autotune.frames: .* has no forces under the key 'REF_forces'; data.key_map"):
+        go()
+    assert not calls
