@@ -11,7 +11,8 @@ Data:     periodic DFT frames of water with energy and forces (eV, eV/Å), e.g. 
 Cost:     one CPU thread: laptop train 5 hours a seed (23,000 steps of 2 x 192 atoms), dynamics 5 hours; smoke 15
           minutes.
 Writes:   t-painn-water/: classical.xyz, one folder per seed, report.md, dynamics.md, rdf.png. Stopped, both go on, but
-          an unfinished density (NPT) starts anew; settings.json keeps a folder to one scale and classical model.
+          an unfinished density (NPT) starts anew; settings.json keeps a folder to one scale, classical model and
+          data file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import yaml
 from ase import units
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
 
-from mace_lora.atomic import atomic_path, keep_settings, write_text
+from mace_lora.atomic import atomic_path, content_digest, keep_settings, write_text
 from mace_lora.augment import Schedule, label, molecule, open_labeler, pack, sample_md
 from mace_lora.augment.dynamics import thermalize_momenta
 from mace_lora.augment.perturb import bare
@@ -75,11 +76,12 @@ def write(path: Path, frames: list[ase.Atoms]) -> Path:
     return path
 
 
-def claim(folder: Path, scale: str, classical: str) -> dict[str, Any]:
-    """Sizes of a scale; a folder is kept to its first one, and to its classical model."""
+def claim(folder: Path, scale: str, classical: str, data: Path) -> dict[str, Any]:
+    """Sizes of a scale; a folder is kept to its first one, its classical model and its data."""
     if scale not in SCALES:
         raise typer.BadParameter(f"expected {SCALE_HELP}, got {scale!r}", param_hint="--scale")
-    keep_settings(folder, {"scale": scale, "classical": classical}, error=typer.BadParameter)
+    settings = {"scale": scale, "classical": classical, "data": content_digest(data)}
+    keep_settings(folder, settings, names={"data": "--data"}, error=typer.BadParameter)
     return dict(SCALES[scale])
 
 
@@ -102,7 +104,7 @@ def train(
     open_labeler(classical)  # a wrong name before the folder is claimed
     frames = quantum_frames(data)
     require_sound(frames)
-    sizes = claim(folder, scale, classical)
+    sizes = claim(folder, scale, classical, data)
     if not (folder / "md.xyz").exists():
         boxes = [pack([molecule("O")], [64], density, seed=k) for k, density in enumerate((0.95, 1.0, 1.05))]
         schedules = [Schedule(t, t, sizes["frames"], 20.0, 0.5, 0.05, 1000.0) for t in (280.0, 330.0, 400.0)]
@@ -222,7 +224,7 @@ def dynamics(
     folder: Folder = Path("t-painn-water"),
 ) -> None:  # fmt: skip
     """NVT and NPT dynamics of 64 molecules with both models and the classical one."""
-    sizes = claim(folder, scale, classical)
+    sizes = claim(folder, scale, classical, data)
     count = count or max(sizes["counts"])
     trained = folder / f"s{seed}" / f"n{count}.json"
     if not trained.is_file():

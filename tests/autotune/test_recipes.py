@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import ase
@@ -23,16 +24,21 @@ def script(path: str):
 
 def test_laptop_scale_has_enough_classical_frames():
     sizes = script("recipes/t_painn_qm9.py").SCALES["laptop"]
-    made = sizes["molecules"] * (3 * -(-sizes["md"] // 3) + sizes["rattle"]) - sizes["quantum"]
+    seen = 0.9 * sizes["molecules"]
+    made = seen * (3 * -(-sizes["md"] // 3) + sizes["rattle"]) - (sizes["quantum"] - sizes["test"])
     assert 0.9 * made >= 20_000  # some molecules and rattled frames are refused
 
 
 def test_a_folder_keeps_its_scale(tmp_path):
-    water = script("recipes/t_painn_water.py")
-    assert water.claim(tmp_path / "w", "smoke", "openmm:spce.xml")["frames"] == 6
+    water, data = script("recipes/t_painn_water.py"), tmp_path / "dft.xyz"
+    data.write_text("frames")
+    assert water.claim(tmp_path / "w", "smoke", "openmm:spce.xml", data)["frames"] == 6
     for scale, message in (("laptop", "scale: 'smoke' before, 'laptop' now"), ("big", "expected one of smoke, laptop")):
         with pytest.raises(typer.BadParameter, match=message):
-            water.claim(tmp_path / "w", scale, "openmm:spce.xml")
+            water.claim(tmp_path / "w", scale, "openmm:spce.xml", data)
+    data.write_text("other frames")
+    with pytest.raises(typer.BadParameter, match="--data"):
+        water.claim(tmp_path / "w", "smoke", "openmm:spce.xml", data)
 
 
 @pytest.mark.parametrize("keys", [("energy", "forces"), ("REF_energy", "REF_forces")])
@@ -49,7 +55,10 @@ def test_quantum_files_keep_their_labels(tmp_path, keys, monkeypatch):
     made = {"start.xyz": 3, "md.xyz": 90}  # in place of hours of dynamics
     folder.mkdir()
     for name, count in made.items():
-        ase.io.write(folder / name, [labelled("OH2", 0.0, k) for k in range(count)], format="extxyz")
+        frames = [labelled("OH2", 0.0, 1000 * count + k) for k in range(count)]
+        for number, frame in enumerate(frames):
+            frame.info["start"] = number // 30
+        ase.io.write(folder / name, frames, format="extxyz")
 
     def label(frames, out, *more, **options):
         found = ase.io.read(frames, ":")
@@ -69,6 +78,24 @@ def test_quantum_files_keep_their_labels(tmp_path, keys, monkeypatch):
     assert np.isclose(np.mean(energies), 0.0) and np.ptp(energies) > 10  # one composition, its mean taken off
     (twin,) = ase.io.read(folder / "pretrain_same.xyz", ":")
     assert twin.info["input_index"] == 0 and np.isclose(twin.info["REF_energy"], min(energies))
+    ase.io.write(tmp_path / "dft.xyz", [kept, kept], format="extxyz")
+    with pytest.raises(typer.BadParameter, match=r"other settings \(--molecules; --quantum\)"):
+        qm9.prepare(tmp_path / "dft.xyz", quantum=str(tmp_path / "dft.xyz"), scale="smoke", workers=1, folder=folder)
+    sampled = tmp_path / "sampled"
+    sampled.mkdir()
+    for name in made:
+        shutil.copy(folder / name, sampled)
+    qm9.prepare(tmp_path / "dft.xyz", scale="smoke", workers=1, folder=sampled)
+    frames = ase.io.read(sampled / "quantum.xyz", ":")
+    tests = [a for a in frames if a.info.get("unseen", False)]
+    assert len(tests) == 20 and len(frames) == 70
+    places = {bytes(a.positions.round(4).tobytes()) for a in ase.io.read(sampled / "pretrain.xyz", ":")}
+    assert not places & {bytes(a.positions.round(4).tobytes()) for a in frames}
+    sizes = qm9.SCALES["smoke"]
+    place = qm9.config(sampled, "mace", 0, 25, sizes, same=False, long=False).parent
+    assert all(a.info["unseen"] for a in ase.io.read(place / "test.xyz", ":"))
+    for part in ("train_25", "valid_25"):
+        assert not any(a.info.get("unseen", False) for a in ase.io.read(place / f"{part}.xyz", ":"))
     with pytest.raises(typer.BadParameter, match="run the command prepare first"):
         qm9.run("mace", folder=tmp_path / "none")
     with pytest.raises(typer.BadParameter, match="no file "):
