@@ -149,7 +149,25 @@ def _rates(outcome: Outcome) -> list[str]:
             f"**{lr:g}: {s:.2f}**" if lr == fit.lr else f"{lr:g}: {s:.2f}" for lr, s in fit.sweep.items()
         )
         lines.append(f"| {name} | {scores} | {fit.steps} |")
-    return lines
+    return lines + [f"\n{note}" for note in _doubts(outcome.fits)]
+
+
+def _doubts(fits: dict[str, Fit]) -> list[str]:
+    """What a reader should know before the comparison is believed."""
+    out = []
+    for name, fit in fits.items():
+        if len(fit.sweep) > 1 and fit.lr in (min(fit.sweep), max(fit.sweep)):
+            further = fit.lr / 2 if fit.lr == min(fit.sweep) else 2 * fit.lr
+            out.append(
+                f"The best learning rate of {name} is at the edge of those tried: add {further:g} to "
+                f"student.{name}.lrs."
+            )
+    if "direct" in fits and fits["direct"].steps < fits["finetune"].steps:
+        out.append(
+            f"Direct training had fewer steps ({fits['direct'].steps}) than fine-tuning ({fits['finetune'].steps}): "
+            "raise student.direct.epochs for a fair comparison."
+        )
+    return out
 
 
 def _times(outcome: Outcome) -> list[str]:

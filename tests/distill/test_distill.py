@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ase.io
@@ -16,7 +17,7 @@ import yaml
 
 from mace_lora.distill.config import read_config
 from mace_lora.distill.pipeline import Fit, Outcome
-from mace_lora.distill.report import comparison, verdict
+from mace_lora.distill.report import _doubts, comparison, verdict
 from mace_lora.distill.stages import Stages
 from mace_lora.distill.synthesis import select_frames
 
@@ -191,6 +192,21 @@ def test_comparison_and_first_line():
     bad = outcome(120.0, 100.0, [(0, 1, 130)], [(9, 1, 100)])
     assert comparison(bad)["finetune_steps"] == np.inf
     assert verdict(bad).startswith("WORSE THAN DIRECT TRAINING in the error of energy (20 % higher) and force (20 %")
+
+
+def test_doubts_about_the_comparison():
+    good = outcome(50.0, 100.0, [(0, 1, 90)], [(4, 1, 120)]).fits
+    assert _doubts(good) == []
+    sweeps = {"direct": {0.005: 2.0, 0.01: 1.0}, "finetune": {0.01: 1.0, 0.02: 3.0}, "pretrain": {0.01: 1.0}}
+    edges = {name: replace(fit, sweep=sweeps[name]) for name, fit in good.items()}
+    at_the_edge = "is at the edge of those tried: add"
+    assert [d for d in _doubts(edges) if at_the_edge in d] == _doubts(edges)
+    assert f"of direct {at_the_edge} 0.02 to student.direct.lrs." in _doubts(edges)[1]
+    assert f"of finetune {at_the_edge} 0.005 to student.finetune.lrs." in _doubts(edges)[0]
+    shorter = good | {"direct": replace(good["direct"], steps=50)}
+    assert _doubts(shorter)[0].startswith(
+        "Direct training had fewer steps (50) than fine-tuning (100): raise student.d"
+    )
 
 
 def test_stage_is_kept_by_content(tmp_path):
