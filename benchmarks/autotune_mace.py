@@ -38,7 +38,8 @@ from mace_lora.augment import Schedule, label, rattle, sample_md
 RESULTS = Path(__file__).parent / "results" / "autotune_mace"
 METHODS = ("scratch", "autotune", "lora", "same")
 LRS, SEEDS = "0.005,0.01,0.02", "0,1,2"
-AS_TRAINED, REFIT = "as trained", "refit"  # energy references: rows without the key are of code that never refitted
+# energy references; rows without the key are of code that never refitted
+AS_TRAINED, REFIT, JUDGED = "as trained", "refit", "refit before validation"
 CLASSICAL, CLASSICAL_EPOCHS, STEPS, BATCH = 4000, 12, 2000, 5
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -84,8 +85,9 @@ def command(method: str, lr: float, seed: int, count: int, folder: Path, data: P
 
 def one(molecule: str, method: str, count: int, lr: float, seed: int, data: Path, work: Path) -> dict[str, Any]:
     """Train, evaluate and store one run; a stored one is read."""
-    kind = AS_TRAINED if method == "scratch" else REFIT
-    name = f"{molecule}__{method}__n{count}__lr{lr:g}__s{seed}" + ("" if kind == AS_TRAINED else f"__{kind}")
+    kind = AS_TRAINED if method == "scratch" else JUDGED
+    name = f"{molecule}__{method}__n{count}__lr{lr:g}__s{seed}"
+    name += "" if kind == AS_TRAINED else f"__{kind.replace(' ', '-')}"
     result = RESULTS / f"{name}.json"
     if result.is_file():
         return json.loads(result.read_text())
@@ -172,7 +174,7 @@ def table() -> None:
         "on validation frames of the first seed; median (min–max) over seeds. E in meV per frame, raw and with the "
         "training frames' mean offset removed; F in meV/Å; fewer epochs: of the quantum stage, to scratch's "
         "best validation force error (0: never reached). "
-        "Energies: refit where the energy references were refitted at every best epoch, "
+        "Energies: refit where the energy references were refitted at every best epoch or before every validation, "
         f"as trained where they were not. *: unfinished, fewer than {len(LRS.split(','))} learning rates or "
         f"{len(SEEDS.split(','))} seeds.",
         "Command: `python benchmarks/autotune_mace.py run --data DIR`, `… table` "
@@ -184,7 +186,7 @@ def table() -> None:
         for count in sorted({r["count"] for r in rows if r["molecule"] == molecule}):
             base = chosen(rows, molecule, count, "scratch", AS_TRAINED)
             for method in METHODS:
-                for kind in (AS_TRAINED, REFIT):
+                for kind in (AS_TRAINED, REFIT, JUDGED):
                     mine = chosen(rows, molecule, count, method, kind)
                     if mine:
                         lines.append(line(count, method, mine, base, unfinished(rows, mine)))
@@ -205,7 +207,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes, ("mae_e_refit", "mae_f"), ("E MAE, offset removed (meV)", "F MAE (meV/Å)"), strict=True
         ):
             for method in METHODS:
-                for kind, style in ((AS_TRAINED, "o--"), (REFIT, "s-")):
+                for kind, style in ((AS_TRAINED, "o--"), (REFIT, "s-"), (JUDGED, "^-")):
                     found = {n: chosen(rows, molecule, n, method, kind) for n in sorted({r["count"] for r in rows})}
                     points = [(n, median(r["test"][key] for r in mine)) for n, mine in found.items() if mine]
                     if points:

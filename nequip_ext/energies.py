@@ -21,6 +21,7 @@ from nequip_ext.upstream.build import energy_network
 __all__ = ["AlignEnergies", "WithTrainingFrames", "check_data", "predict", "refit", "residuals_of"]
 
 _LOG = logging.getLogger("equitune")
+_ALIKE = 0.8  # correlation of forces of the same frames by two methods, where one is not just in other units
 
 
 class WithTrainingFrames(lightning.Callback):
@@ -102,9 +103,13 @@ class AlignEnergies(WithTrainingFrames):
                 refit(pl_module, model, shifts, self.batches(trainer), level=logging.DEBUG)
 
 
+def _scale_shifts(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if is_kind(m, "PerTypeScaleShift", "nequip.nn.atomwise")]
+
+
 def shifts_of(model: nn.Module) -> torch.Tensor | None:
     """Energy shifts of the types, eV; None where the model has none."""
-    layers: list[Any] = [m for m in model.modules() if is_kind(m, "PerTypeScaleShift", "nequip.nn.atomwise")]
+    layers = _scale_shifts(model)
     return layers[-1].shifts if layers and layers[-1].has_shifts else None
 
 
@@ -161,10 +166,16 @@ def rescale(pl_module: Any, model: Any, batches: Iterable[dict[str, Any]]) -> fl
     correlation, factor = scale_between(*sums)
     # a long path beside a trained model has a copy of its scales
     tensors = {id(m.scales): m.scales for m in model.modules() if torch.is_tensor(getattr(m, "scales", None))}
-    scales = [t for t in tensors.values() if t.numel()]
-    if not scales:
-        factor = 1.0
-    for tensor in scales:
+    layers: list[Any] = _scale_shifts(model)
+    if not layers or not layers[-1].has_scales:
+        tensors, factor = {}, 1.0
+    elif factor == 1.0 and abs(correlation) > _ALIKE:
+        _LOG.warning(
+            "forces of labels and model are alike (correlation %.3f) but %.3g times as large: no methods differ so "
+            "much; the scales are left alone, check the unit and the sign of the labels", correlation,
+            (sums[1] / sums[2]) ** 0.5,
+        )  # fmt: skip
+    for tensor in (t for t in tensors.values() if t.numel()):
         new = tensor * factor
         for place in with_averages(pl_module, tensor):
             place.copy_(new)

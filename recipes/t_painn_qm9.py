@@ -10,7 +10,7 @@ Purpose:  the QM9 experiment of T-PaiNN (arXiv 2603.24752) in kind, for MACE, Ne
 Command:  python recipes/t_painn_qm9.py prepare --molecules QM9.xyz --scale laptop   # [chem]
           python recipes/t_painn_qm9.py run --model mace         # or nequip, painn, in their environment
           python recipes/t_painn_qm9.py table
-Data:     geometries of molecules in any format of ASE, e.g. QM9's (doi 10.6084/m9.figshare.c.978904); H C N O.
+Data:     one geometry of each molecule in any format of ASE, e.g. QM9's (doi 10.6084/m9.figshare.c.978904); H C N O.
 Cost:     laptop on one CPU thread: prepare 25 minutes, run of MACE 6 hours a seed; smoke: 6 minutes in all.
 Writes:   t-painn-qm9/: classical.xyz, quantum.xyz, one folder per model and seed, report.md, curves.png. Stopped, every
           command goes on; settings.json keeps a folder to one scale and one pair of methods.
@@ -78,12 +78,12 @@ def write(path: Path, frames: list[ase.Atoms]) -> Path:
     return path
 
 
-def settings_of(folder: Path) -> dict[str, str]:
+def settings_of(folder: Path) -> dict[str, Any]:
     """Scale and methods of a folder."""
     file = folder / "settings.json"
     if not file.is_file():
         raise typer.BadParameter(f"no {file}: run the command prepare first", param_hint="--folder")
-    found: dict[str, str] = json.loads(file.read_text())
+    found: dict[str, Any] = json.loads(file.read_text())
     return found
 
 
@@ -114,12 +114,8 @@ def prepare(
         atoms.set_cell(None)
         atoms.pbc = False
     starts = starts[: sizes["molecules"]]
-    settings = {
-        "scale": scale,
-        "classical": classical,
-        "quantum": quantum,
-        "molecules_sha256": content_digest(molecules),
-    }
+    settings: dict[str, Any] = {"scale": scale, "classical": classical, "quantum": quantum, "sizes": sizes}
+    settings["molecules_sha256"] = content_digest(molecules)
     if Path(quantum).is_file():
         settings["quantum_sha256"] = content_digest(quantum)
     names = {"molecules_sha256": "--molecules", "quantum_sha256": "--quantum"}
@@ -134,7 +130,8 @@ def prepare(
     seen, unseen = [], []
     for atoms in ase.io.read(folder / "md.xyz", ":"):
         (unseen if int(atoms.info["start"]) % HELD == 0 else seen).append(bare(atoms))
-    order, last = rng.permutation(len(seen)), rng.permutation(len(unseen))[: sizes["test"]]
+    # a few more, for labels that fail
+    order, last = rng.permutation(len(seen)), rng.permutation(len(unseen))[: sizes["test"] * 11 // 10]
     learnt = sizes["quantum"] - sizes["test"]
     few, many = [seen[i] for i in order[:learnt]], [seen[i] for i in order[learnt:]]
     for i in last:
@@ -169,10 +166,11 @@ def config(folder: Path, model: str, seed: int, count: int, sizes: dict[str, Any
     place.mkdir(parents=True, exist_ok=True)
     frames = ase.io.read(folder / "quantum.xyz", ":")
     fixed = np.random.default_rng(0).permutation(len(frames))
-    # frames of molecules that no stage has seen come first; a user's file has none
-    fixed = np.array(sorted(fixed, key=lambda i: not frames[i].info.get("unseen", False)))
-    test, pool = [frames[i] for i in fixed[: sizes["test"]]], fixed[sizes["test"] :]
-    pool = np.array([i for i in pool if not frames[i].info.get("unseen", False)], int)
+    unseen = [i for i in fixed if frames[i].info.get("unseen", False)]  # a user's file has none
+    pool = fixed[sizes["test"] :] if not unseen else np.array([i for i in fixed if i not in {*unseen}])
+    test = [frames[i] for i in (unseen or fixed)[: sizes["test"]]]
+    if len(test) < sizes["test"]:
+        print(f"test: {len(test)} frames instead of {sizes['test']}, of molecules that no stage has seen")
     held = max(5, count // 5)
     if len(pool) < count:
         raise ValueError(f"quantum.xyz: expected {count} frames beside {len(test)} for tests, got {len(pool)}")

@@ -80,7 +80,7 @@ def claim(folder: Path, scale: str, classical: str, data: Path) -> dict[str, Any
     """Sizes of a scale; a folder is kept to its first one, its classical model and its data."""
     if scale not in SCALES:
         raise typer.BadParameter(f"expected {SCALE_HELP}, got {scale!r}", param_hint="--scale")
-    settings = {"scale": scale, "classical": classical, "data": content_digest(data)}
+    settings = {"scale": scale, "classical": classical, "data": content_digest(data), "sizes": SCALES[scale]}
     keep_settings(folder, settings, names={"data": "--data"}, error=typer.BadParameter)
     return dict(SCALES[scale])
 

@@ -141,14 +141,16 @@ def _rms(values: np.ndarray) -> float:
 
 
 def _forces(model: nn.Module, frames: list[Any]) -> tuple[float, float, float]:
-    """Correlation, slope and scale of labels against predictions, a frame at a time."""
+    """Correlation, slope and scale of labels against predictions, a frame at a time; upstream fills in zeros."""
     labels, predictions = [], []
     device = next(model.parameters()).device
-    for frame in frames:
+    for frame in (f for f in frames if float(f.forces_weight) != 0):
         batch = evaluation.batch_of([frame], 1, device)
         with torch.enable_grad():
             predictions.append(evaluation.energy_forces(model, batch).forces.reshape(-1).double())
         labels.append(batch.forces.reshape(-1).double())
+    if not labels:
+        return 0.0, 1.0, 1.0
     label, mine = torch.cat(labels), torch.cat(predictions)
     product, square = float(label @ mine), float(mine @ mine)
     correlation, ratio = scale_between(product, float(label @ label), square)

@@ -73,6 +73,8 @@ def write_without(source: Source, offsets: Mapping[str, float], key: str, path: 
         results = dict(atoms.calc.results) if atoms.calc is not None else {}
         if energy is not None:
             left = float(energy) - offsets[_formula(atoms)]
+            for name in ("energy", "free_energy") if key in new.info else ():
+                results.pop(name, None)  # NequIP would take it before that of info
             (new.info if key in new.info else results)[key] = left
         if results:
             new.calc = SinglePointCalculator(new, **results)

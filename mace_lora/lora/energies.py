@@ -27,8 +27,9 @@ __all__ = [
 
 MODULE, BUFFER = "atomic_energies_fn", "atomic_energies"
 # Singular values below the first share of the largest: combinations of elements that the data hardly determines. They
-# are fitted only if that takes away more than a model's own errors (eV/atom): another method's references do, by eV.
-_CUTOFF, _FLOOR, _BEYOND_MODELS = 0.05, 1e-4, 0.05
+# are fitted only if that takes away more than a model's own errors (eV/atom), as another method's references do, and
+# more than so many standard deviations of what no references explain.
+_CUTOFF, _FLOOR, _BEYOND_MODELS, _BEYOND_NOISE = 0.05, 1e-4, 0.05, 4.0
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,21 @@ def solve_offsets(counts: np.ndarray, residual: np.ndarray) -> np.ndarray:
 
     Returns:
         (elements,) in eV. Combinations of elements that the frames hardly determine stay at zero unless they leave
-        more than 50 meV/atom: for frames of one composition only the composition's own energy is shifted.
+        more than 50 meV/atom, and more than noise: for frames of one composition only the composition's own energy is
+        shifted.
     """
+    if not len(residual):
+        return np.zeros(counts.shape[1])
     atoms = counts.sum(1, keepdims=True)
     u, s, vt = np.linalg.svd(counts / atoms, full_matrices=False)  # (frames, k), (k,), (k, elements)
-    explained = (residual / atoms[:, 0]) @ u  # (k,)
-    needed = np.abs(explained) > _BEYOND_MODELS * np.sqrt(len(residual))
-    kept = (s > _CUTOFF * s[0]) | ((s > _FLOOR * s[0]) & needed)
+    per_atom = residual / atoms[:, 0]
+    explained = per_atom @ u  # (k,)
+    possible = s > _FLOOR * s[0]
+    free = len(residual) - possible.sum()
+    left = per_atom - u[:, possible] @ explained[possible]
+    noise = float(np.sqrt(left @ left / free)) if free > 0 else 0.0
+    needed = np.abs(explained) > max(_BEYOND_MODELS * np.sqrt(len(residual)), _BEYOND_NOISE * noise)
+    kept = (s > _CUTOFF * s[0]) | (possible & needed)
     solution: np.ndarray = (explained[kept] / s[kept]) @ vt[kept]
     return solution
 

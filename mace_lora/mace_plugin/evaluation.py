@@ -125,7 +125,7 @@ def spread_by_head(dataset: Any, max_frames: int) -> dict[int, list[int]]:
 
 @torch.no_grad()
 def energy_table(model: nn.Module, dataset: Any, chosen: Sequence[int]) -> EnergyTable:
-    """Energy residuals of some frames of a dataset, without forces.
+    """Energy residuals of some frames of a dataset, without forces; those that are not finite are left out.
 
     Args:
         model: MACE model; its mode and the training loader's random state are left alone.
@@ -149,10 +149,12 @@ def energy_table(model: nn.Module, dataset: Any, chosen: Sequence[int]) -> Energ
             frames = len(energy)
             per_frame = torch.zeros(frames, batch.node_attrs.shape[1], dtype=torch.float64, device=device)
             per_frame.index_add_(0, batch.batch, batch.node_attrs.double())
-            labelled = (batch.energy_weight.reshape(-1) != 0).cpu().numpy()
+            left = (batch.energy.reshape(-1) - energy).double().cpu().numpy()
+            # one broken prediction must not break the references, which keep what is added to them
+            labelled = (batch.energy_weight.reshape(-1) != 0).cpu().numpy() & np.isfinite(left)
             head = batch.head.reshape(-1) if "head" in batch.keys else torch.zeros(frames)
             counts.append(per_frame.cpu().numpy()[labelled])
-            residual.append((batch.energy.reshape(-1) - energy).double().cpu().numpy()[labelled])
+            residual.append(left[labelled])
             heads.append(head.cpu().numpy().astype(int)[labelled])
     finally:
         model.train(was_training)

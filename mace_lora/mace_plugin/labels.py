@@ -15,7 +15,7 @@ import numpy as np
 
 from .protocol import SettingsError
 
-__all__ = ["check_files", "check_frame", "data_hashes", "label_of"]
+__all__ = ["MAX_FORCE", "check_files", "check_frame", "data_hashes", "label_of"]
 
 MAX_FORCE = 300.0  # eV/Å: beyond any structure worth training on; Hartree/Bohr mix-ups come earlier
 MAX_ENERGY_PER_ATOM = 2e6  # eV: beyond the all-electron total energy of any element

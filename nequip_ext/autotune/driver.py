@@ -15,8 +15,8 @@ from mace_lora.atomic import only_writer, write_text
 from mace_lora.autotune.child import run_child
 from mace_lora.autotune.levels import Source, check_elements, check_mixed_up, read_source
 from mace_lora.autotune.offsets import by_composition, write_without
-from mace_lora.mace_plugin.labels import check_frame, label_of
 
+from .labels import check_labels, energy_key, energy_of
 from .records import (
     FILES,
     SCHEDULE,
@@ -87,7 +87,7 @@ def run(folder: Path, name: str, overrides: Sequence[str] = (), say: Callable[[s
         say(f"stage one: training on {classical.path}")
         if copied:
             first.mkdir(parents=True, exist_ok=True)
-            key = _label_key(config, "total_energy", "energy")
+            key = energy_key(classical, config.get("data") or {})
             write_without(classical, by_composition([classical], key, say), key, frames)
         write_text(first / "stage_one.json", json.dumps({"finished": False, "settings": wanted}) + "\n")
         _train(folder, name, first, mine)
@@ -140,37 +140,11 @@ def _check_levels(classical: Source, config: dict[str, Any]) -> None:
         return  # other modules have files and labels of their own
     arguments = data.get("ase_args") or {}
     quantum = [read_source("frames of the config", p, **arguments) for p in dict.fromkeys(map(str, paths))]
-    key, forces = _label_key(config, "total_energy", "energy"), _label_key(config, "forces", "forces")
-    for source in (classical, *quantum):
-        _check_labels(source, key, forces)
+    learnt = {Path(p) for p in data_files(config, FILES[:3])}
+    for source in (classical, *(q for q in quantum if q.path in learnt)):
+        check_labels(source, config, classical=source is classical)
     check_elements(classical, quantum)
-    check_mixed_up(classical, quantum, lambda atoms: label_of(atoms, "energy", key))
-
-
-def _check_labels(source: Source, energy: str, forces: str) -> None:
-    """Labels that would make all weights NaN after hours, or that are not there.
-
-    Raises:
-        ValueError: the file, its frame and what is wrong.
-    """
-    found = [False, False]
-    for index, atoms in enumerate(source.frames):
-        where = f"{source.setting}: {source.path} frame {index} ({atoms.get_chemical_formula()})"
-        # among many hot frames of a force field there is a close contact
-        here = check_frame(atoms, energy, forces, where, limit=float("inf"))
-        found = [a or b for a, b in zip(found, here, strict=True)]
-    for what, key, there in zip(("energies", "forces"), (energy, forces), found, strict=True):
-        if not there:
-            raise ValueError(
-                f"{source.setting}: {source.path} has no {what} under the key {key!r}; data.key_mapping holds the "
-                "names of all files' labels"
-            )
-
-
-def _label_key(config: dict[str, Any], field: str, default: str) -> str:
-    """Key of a field in the files."""
-    mapping = (config.get("data") or {}).get("key_mapping") or {}
-    return str(next((k for k, v in mapping.items() if v == field), default))
+    check_mixed_up(classical, quantum, lambda atoms: energy_of(atoms, data))
 
 
 def _schedule(config: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -64,6 +65,11 @@ def quantum_data(config: dict[str, Any]) -> str:
 def fingerprint(config: dict[str, Any], classical: Path) -> dict[str, str]:
     """What stage one depends on: its whole config, and the content of the classical file."""
     flat: dict[str, str] = {"autotune.frames": content_digest(classical)}
+    config = copy.deepcopy(config)
+    (config.get("training_module", {}).get("model") or {}).pop("keep", None)  # both are of stage two
+    for callback in config.get("trainer", {}).get("callbacks") or []:
+        if str(callback.get("_target_", "")).endswith("AlignEnergies"):
+            callback.pop("rescale", None)
 
     def add(prefix: str, value: Any) -> None:
         if isinstance(value, dict):

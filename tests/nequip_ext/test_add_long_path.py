@@ -49,7 +49,7 @@ def around(name: str, **options):
     from nequip.utils.global_state import set_global_state
 
     set_global_state()
-    return nequip_ext.AddLongPath(model={"model_dtype": "float64", **MODELS[name]}, **{**LONG, **options})
+    return nequip_ext.AddLongPath(**{"model": {"model_dtype": "float64", **MODELS[name]}, **LONG, **options})
 
 
 def wake(model) -> None:

@@ -22,7 +22,7 @@ from nequip_models import MODELS
 from test_lora_lifecycle import BIN, ROOT, call, close, predict
 
 import nequip_ext
-from nequip_ext.autotune import driver
+from nequip_ext.autotune import driver, labels
 
 pytestmark = pytest.mark.nequip
 
@@ -337,7 +337,51 @@ def test_labels_of_both_files_are_looked_at_before_stage_one(stages):
     classical.write_text(re.sub(r"REF_energy=\S+", "REF_energy=nan", text, count=1))
     with pytest.raises(ValueError, match=r"autotune.frames: .* frame 0 \(C2H5NO2\): energy label is nan; remove or"):
         go()
-    classical.write_text(text.replace("REF_forces", "forces"))
-    with pytest.raises(ValueError, match=r"autotune.frames: .* has no forces under the key 'REF_forces'; data.key_map"):
+    classical.write_text(text.replace("REF_forces", "their_forces"))
+    with pytest.raises(ValueError, match=r"lacks labels that the loss needs: forces \(REF_forces, forces\); data.key_"):
+        go()
+    with_two = re.sub("Properties=", "energy=-1.0 Properties=", text)  # upstream would train on this one
+    classical.write_text(with_two)
+    with pytest.raises(ValueError, match="two different labels for total_energy: REF_energy and energy; remove one"):
         go()
     assert not calls
+
+
+@pytest.mark.parametrize("keys", [("energy", "forces"), ("free_energy", "forces"), ("E", "F")])
+def test_labels_are_found_where_upstream_finds_them(stages, keys):
+    go, calls, _, classical = stages
+    text = classical.read_text().replace("REF_energy", keys[0]).replace("REF_forces", keys[1])
+    classical.write_text(text)
+    names = f"REF_energy:total_energy,REF_forces:forces,{keys[0]}:total_energy,{keys[1]}:forces"
+    mapping = f"++data.key_mapping={{{names}}}"
+    if keys[0] == "free_energy":  # in the calculator alone
+        with pytest.raises(
+            ValueError, match="has no energies under REF_energy or free_energy or energy of which offsets"
+        ):
+            go(mapping, "autotune.offsets=composition")
+        go(mapping, out="other")
+        assert len(calls) == 2
+        return
+    go(mapping, "autotune.offsets=composition")
+    assert len(calls) == 2
+    (copy,) = classical.parent.parent.glob("out/classical/frames_without_offsets.xyz")
+    frames = ase.io.read(copy, ":")
+    assert abs(sum(labels.energy_of(a, {"key_mapping": {keys[0]: "total_energy"}}) for a in frames)) < 1e-4
+
+
+def test_frames_may_lack_labels_where_the_loss_allows_it(stages):
+    go, calls, _, classical = stages
+    classical.write_text(re.sub(r"REF_energy=\S+", "REF_energy=nan", classical.read_text(), count=1))
+    metric = "{name:e,field:total_energy,ignore_nan:true,metric:{_target_:nequip.train.MeanSquaredError}}"
+    loss = f"training_module.loss={{_target_:nequip.train.MetricsManager,metrics:[{metric}]}}"
+    with pytest.raises(ValueError, match="energy label is nan"):
+        go()
+    go("~training_module.loss", "+" + loss)
+    assert len(calls) == 2
+
+
+def test_settings_of_stage_two_leave_stage_one_alone(stages):
+    go, calls, _, _ = stages
+    go()
+    go("trainer.callbacks.1.rescale=false", "+training_module.model.keep=[shifts,scales]")
+    assert [out.name for out, _ in calls] == ["classical", "out", "out"]
