@@ -3,7 +3,7 @@
 The published experiment (Cu, 300 K) in kind, and mlearn's Cu and Si: 10 training and 10 validation frames,
 up to 60 test frames, SevenNet's own Trainer, loss (the checkpoint's) and Adam; nothing of sevenn is changed,
 the adapter is put on its model by mace_lora.apply_lora. Both methods start from the same aligned energy shift and get a
-learning-rate sweep on the first seed, chosen by the validation forces and widened past its upper edge; energies are
+learning-rate sweep on the first seed, chosen by the validation forces and widened past its edges; energies are
 given with the constant offset of the training frames removed, for both.
 
 Command:  python benchmarks/sevennet_lora.py run --data DIR
@@ -145,6 +145,14 @@ def score(row: dict[str, Any]) -> float:
     return float(row["valid"]["mae_f"])
 
 
+def next_rate(rows: list[dict[str, Any]]) -> float | None:
+    """The rate by which the sweep goes on where the best one is at its edge; 6 rates at most."""
+    rates, best = sorted(r["lr"] for r in rows), min(rows, key=score)["lr"]
+    if best not in (rates[0], rates[-1]) or len(rates) > 5:
+        return None
+    return float(2 * best if best == rates[-1] else best / 2)
+
+
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="folder of the public data sets")],
@@ -159,9 +167,9 @@ def run(
     first, *rest = [int(s) for s in seeds.split(",")]
     for name in sets.split(","):
         rows = {m: [one_run(name, m, lr, first, epochs, data, results) for lr in lrs] for m, lrs in LRS.items()}
-        for method, done in rows.items():  # a best rate at the upper edge: the sweep goes on
-            while (best := min(done, key=score)) is max(done, key=lambda r: r["lr"]) and len(done) < 6:
-                done.append(one_run(name, method, 2 * best["lr"], first, epochs, data, results))
+        for method, done in rows.items():
+            while wider := next_rate(done):
+                done.append(one_run(name, method, wider, first, epochs, data, results))
         for seed in rest:
             for method, done in rows.items():
                 one_run(name, method, min(done, key=score)["lr"], seed, epochs, data, results)
