@@ -62,7 +62,7 @@ def extxyz(path: Path, index: str = ":") -> list[ase.Atoms]:
     return frames
 
 
-def load_split(name: str, folder: Path, seed: int) -> Split:
+def load_split(name: str, folder: Path, seed: int, train: int = TRAIN) -> Split:
     """50 training, 50 validation and up to 1000 test frames of a set.
 
     Args:
@@ -70,12 +70,13 @@ def load_split(name: str, folder: Path, seed: int) -> Split:
             metal of mlearn, "hfo2", or a molecule of the embedded PBE0 set.
         folder: folder of the public data sets.
         seed: chooses training and validation frames; the test frames are the same for all seeds.
+        train: training frames; as many for validation, 50 at most.
 
     Raises:
         ValueError: an unknown set.
         FileNotFoundError: its files are missing.
     """
-    counts = [TRAIN, VALID]
+    counts = [train, min(train, VALID)]
     if name in RMD17:
         pool, test = (rmd17(folder / "rmd17_PBE", name, part) for part in ("train", "test"))
         return Split(*split(pool, counts, seed), test[:TEST], "PBE/def2-SVP")

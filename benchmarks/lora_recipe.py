@@ -1,8 +1,9 @@
-"""Which LoRA recipe: scale of A, rank, learning rate, layers, decay, one knob at a time, in process.
+"""Which LoRA recipe: scale of A, rank, learning rate, layers, decay, …, one knob at a time, in process.
 
 The loop is mace_run_train's (loss 1:100, batches of 5, Adam with amsgrad, clipping, EMA 0.99, best epoch by
 the validation loss) with an exponentially decaying learning rate, so that knobs without a flag can be
-turned too. Chosen on the 50 validation frames; test frames (300) are only reported. One JSON per run.
+turned too. An epoch is ten steps at any number of frames. Chosen on the validation frames (as many as for training,
+50 at most); test frames (300) are only reported. One JSON per run.
 
 Command:  python benchmarks/lora_recipe.py run --data DIR --set ethanol --lr 0.02 --a-scale 0.3
           python benchmarks/lora_recipe.py table
@@ -12,11 +13,13 @@ Cost:     2 minutes a run of 70 epochs on one CPU thread (9 atoms).
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +49,10 @@ class Knobs:
     dense: bool = True
     epochs: int = 70
     seed: int = 0
+    warmup: int = 0
+    ema: float = 0.99
+    rslora: bool = False
+    frames: int = 50
 
     @property
     def name(self) -> str:
@@ -78,7 +85,10 @@ def adapted(model: Any, knobs: Knobs) -> list[dict[str, Any]]:
         return [{"params": list(model.parameters()), "lr": knobs.lr}]
     torch.manual_seed(knobs.seed)
     dense = None if knobs.dense else ()
-    apply_lora(model, LoraConfig(rank=knobs.rank, alpha=float(knobs.rank), init="elora", dense=dense))
+    apply_lora(
+        model,
+        LoraConfig(rank=knobs.rank, alpha=float(knobs.rank), init="elora", dense=dense, use_rslora=knobs.rslora),
+    )
     enable(model, KERNELS)
     with torch.no_grad():
         for layer in adapter_layers(model).values():
@@ -91,6 +101,15 @@ def adapted(model: Any, knobs: Knobs) -> list[dict[str, Any]]:
         {"params": others, "lr": knobs.lr, "weight_decay": knobs.decay},
         {"params": a_factors, "lr": knobs.lr / knobs.lr_ratio},
     ]
+
+
+def shuffled(count: int, seed: int) -> Iterator[Any]:
+    """Batches of 5 of the first ``count`` numbers without end, shuffled anew whenever all have been seen."""
+    import torch
+
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=order).split(5)
 
 
 def train(model: Any, groups: list[dict[str, Any]], knobs: Knobs, parts: list[list[Any]]) -> tuple[Any, list[float]]:
@@ -109,12 +128,14 @@ def train(model: Any, groups: list[dict[str, Any]], knobs: Knobs, parts: list[li
 
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, amsgrad=True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    ema = ExponentialMovingAverage(trained, decay=0.99)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.2 ** (1 / knobs.epochs))
-    order = torch.Generator().manual_seed(knobs.seed)
+    ema = ExponentialMovingAverage(trained, decay=knobs.ema)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: 0.2 ** (epoch / knobs.epochs) * min(1.0, (epoch + 1) / (knobs.warmup + 1))
+    )
+    batches = shuffled(len(parts[0]), knobs.seed)
     best, curve = (math.inf, {}), []
     for epoch in range(knobs.epochs):
-        for chosen in torch.randperm(len(parts[0]), generator=order).split(5):
+        for chosen in itertools.islice(batches, 10):
             optimizer.zero_grad(set_to_none=True)
             loss_of([parts[0][int(i)] for i in chosen])[0].backward()
             torch.nn.utils.clip_grad_norm_(trained, 10.0)
@@ -145,6 +166,10 @@ def run(
     dense: Annotated[bool, typer.Option(help="train the preset's dense part")] = True,
     epochs: Annotated[int, typer.Option(help="epochs of 10 steps")] = 70,
     seed: Annotated[int, typer.Option(help="frames, order and A")] = 0,
+    warmup: Annotated[int, typer.Option(help="epochs of a linear warm-up")] = 0,
+    ema: Annotated[float, typer.Option(help="decay of the moving average")] = 0.99,
+    rslora: Annotated[bool, typer.Option(help="scale by alpha/sqrt(rank)")] = False,
+    number: Annotated[int, typer.Option("--frames", help="training frames")] = 50,
     results: Annotated[Path, typer.Option(help="one JSON per run")] = RESULTS,
 ) -> None:
     """Train one recipe and store its errors."""
@@ -155,13 +180,15 @@ def run(
 
     from mace_lora.mace_plugin.base_model import load_model
 
-    knobs = Knobs(set_name, method, lr, a_scale, layers, rank, decay, lr_ratio, dense, epochs, seed)
+    knobs = Knobs(
+        set_name, method, lr, a_scale, layers, rank, decay, lr_ratio, dense, epochs, seed, warmup, ema, rslora, number
+    )  # fmt: skip
     target = results / f"{knobs.name}.json"
     if target.is_file():
         print(target.read_text())
         return
     torch.set_num_threads(1)
-    frames = load_split(set_name, data, seed)
+    frames = load_split(set_name, data, seed, number)
     base = data / "models" / "MACE-OFF23_small.model" if BASES[set_name] == "off" else "embedded"
     model = prepared(load_model(base), frames.train)
     keys = mace_data.utils.KeySpecification(info_keys={"energy": "REF_energy"}, arrays_keys={"forces": "REF_forces"})
@@ -196,7 +223,10 @@ def _float32(item: Any) -> Any:
 @app.command()
 def table(results: Annotated[Path, typer.Option(help="one JSON per run")] = RESULTS) -> None:
     """Write lora_recipe.md from the finished runs."""
-    rows = sorted((json.loads(p.read_text()) for p in results.glob("*.json")), key=lambda r: (r["set"], r["method"]))
+    found = [json.loads(p.read_text()) for p in sorted(results.glob("*.json"))]
+    # runs of before a knob was there had its default
+    rows = [{f.name: f.default for f in fields(Knobs)} | r for r in found]
+    rows.sort(key=lambda r: (r["set"], r["frames"], r["method"]))
     head = ["set", "recipe", "train F", "valid F", "valid E, refit", "test F", "test E", "test E, refit"]
     lines = ["# LoRA recipes", "", __doc__.split("\n\n")[1].replace("\n", " "), ""]
     lines += ["F MAE in meV/Å, E MAE in meV of the whole frame. LoRA's defaults: lr 0.02, A scale 0.32, rank 16.", ""]
@@ -204,7 +234,7 @@ def table(results: Annotated[Path, typer.Option(help="one JSON per run")] = RESU
     for r in rows:
         label = r["method"] + "".join(
             f", {k} {r[k]:g}" if isinstance(r[k], float) else f", {k} {r[k]}"
-            for k in ("lr", "a_scale", "layers", "rank", "decay", "lr_ratio", "dense", "epochs", "seed")
+            for k in (f.name for f in fields(Knobs) if f.name not in ("set", "method"))
             if (k == "lr" or r[k] != Knobs.__dataclass_fields__[k].default)
         )
         values = [r["train"]["mae_f"], r["valid"]["mae_f"], r["valid"]["mae_e_refit"]]

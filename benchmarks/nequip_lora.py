@@ -140,6 +140,7 @@ def one_run(name: str, method: str, lr: float, seed: int, epochs: int, data: Pat
     if target.is_file():
         return json.loads(target.read_text())
     frames, folder = load_split(name, data, seed), (work / target.stem).resolve()
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: its adapter and its metrics
     files = {part: write(folder / f"{part}.xyz", getattr(frames, part)) for part in ("train", "valid", "test")}
     checkpoint = (work / "base" / "best.ckpt").resolve()
     paths = {f"data.{part}_file_path": str(files["valid" if part == "val" else part].resolve())

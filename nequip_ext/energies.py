@@ -74,8 +74,6 @@ class AlignEnergies(WithTrainingFrames):
         Raises:
             ValueError: the model has no per-type shifts, or the training frames no energies.
         """
-        if trainer.ckpt_path is not None:
-            return
         for name, model in pl_module.model.items():
             if hasattr(model, "equitune_metadata"):
                 raise ValueError(
@@ -83,6 +81,8 @@ class AlignEnergies(WithTrainingFrames):
                     "SaveAdapter refits them"
                 )
             check_data(trainer, model)
+            if trainer.ckpt_path is not None:
+                continue
             shifts = shifts_of(model)
             if shifts is None:
                 raise ValueError(

@@ -71,16 +71,17 @@ def remember(model: nn.Module, adapter_name: str, saved: AdapterFile) -> None:
 
 def _matching_base(model: nn.Module, saved: AdapterFile, path: Path) -> nn.Module:
     if saved.metadata.get("framework") == "nequip" and hasattr(model, "type_names"):
-        from nequip_ext.lora.metadata import base_metadata, check_adapter, restore_energies
+        from nequip_ext.lora.metadata import base_metadata, check_adapter, energies_of
 
-        if not adapter_names(model):  # with adapters the base is as it was trained
-            restore_energies(model, saved.metadata)
-            if saved.metadata.get("long_path"):
+        fresh = not adapter_names(model)  # with adapters the base is as it was trained
+        with energies_of(model, saved.metadata if fresh else {}):
+            base = model
+            if fresh and saved.metadata.get("long_path"):
                 from nequip_ext.multiscale.around import restore_long_path
 
-                model = restore_long_path(model, saved.metadata["long_path"])
-        check_adapter(saved, base_metadata(model) | {"base_fingerprint": fingerprint(model)}, path)
-        return model
+                base = restore_long_path(model, saved.metadata["long_path"])
+            check_adapter(saved, base_metadata(base) | {"base_fingerprint": fingerprint(base)}, path)
+        return base
     expected, got = saved.metadata.get("base_fingerprint"), fingerprint(model)
     if got == expected:
         return model

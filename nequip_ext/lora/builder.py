@@ -21,7 +21,7 @@ from mace_lora.lora.inject import ModulePlan, adapter_layers, apply_plan, plan_l
 from mace_lora.lora.loading import load_tensors
 from nequip_ext.upstream.build import is_loading, is_packaging
 
-from .metadata import base_metadata, check_adapter, holds_adapter, restore_energies
+from .metadata import base_metadata, check_adapter, energies_of, holds_adapter
 
 __all__ = ["ADAPTER", "LoRA", "build_model", "with_keys"]
 
@@ -114,12 +114,11 @@ def LoRA(
         if changed:
             raise ValueError(f"{changed[0]}: the adapter given by 'adapter' brings its own; drop one of the two keys")
         saved = read_adapter(adapter)
-        if saved.metadata.get("framework") == "nequip":
-            restore_energies(inner, saved.metadata)
         config = saved.config
-    metadata = base_metadata(inner) | {"base_fingerprint": fingerprint(inner), "base_model": _source(model)}
-    if saved is not None:
-        check_adapter(saved, metadata, Path(str(adapter)))
+    with energies_of(inner, saved.metadata if saved else {}):
+        metadata = base_metadata(inner) | {"base_fingerprint": fingerprint(inner), "base_model": _source(model)}
+        if saved is not None:
+            check_adapter(saved, metadata, Path(str(adapter)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plan = plan_lora(inner, config) if saved is None else list(saved.plan)

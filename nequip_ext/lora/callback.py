@@ -65,7 +65,8 @@ class SaveAdapter(WithTrainingFrames):
         self.level_of_theory, self.provenance = level_of_theory, dict[str, Any]()
         self.best: float | None = None
         self.run_id = uuid.uuid4().hex
-        self._first_epoch: int | None = None
+        self._unseen = {"training", "validation"}
+        self._finite: bool | None = None  # None: nothing was validated
         self._held = ExitStack()
 
     @property
@@ -103,7 +104,7 @@ class SaveAdapter(WithTrainingFrames):
         }
         check_base(model)
         fresh = trainer.ckpt_path is None and is_fresh(model)
-        self._first_epoch = trainer.current_epoch
+        self._unseen, self._finite = {"training", "validation"}, None
         batch = next(self.batches(trainer), None)
         if batch is None:
             raise ValueError("SaveAdapter: the training data is empty")
@@ -148,15 +149,19 @@ class SaveAdapter(WithTrainingFrames):
             )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The labels of every frame are looked at once."""
-        if trainer.current_epoch == self._first_epoch:
+        """The labels of every frame are looked at once, after a restart again."""
+        if "training" in self._unseen:
             require_finite(batch, pl_module.loss, f"training batch {batch_idx}")
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """All training frames have been looked at."""
+        self._unseen.discard("training")
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """The same for validation."""
-        if trainer.state.fn == "fit" and trainer.current_epoch == self._first_epoch:
+        if trainer.state.fn == "fit" and "validation" in self._unseen:
             require_finite(batch, pl_module.loss, f"validation batch {batch_idx}")
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -168,9 +173,11 @@ class SaveAdapter(WithTrainingFrames):
         """Save when the monitored value improved; EMA weights are still in the model at this point."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self._unseen.discard("validation")
         checkpoint = checkpoint_callback(trainer)
         score = float(trainer.callback_metrics.get(str(checkpoint.monitor), math.nan))
         better = self.best is None or (score > self.best if checkpoint.mode == "max" else score < self.best)
+        self._finite = bool(self._finite) or math.isfinite(score)
         if not math.isfinite(score) or not better:
             return
         self.best = score
@@ -200,21 +207,23 @@ class SaveAdapter(WithTrainingFrames):
         return refit(pl_module, model, layer.lora_dense[ADAPTER]["shifts"], self.batches(trainer), level)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Say so when there is no adapter, as after its folder was removed from a run that is continued."""
+        """Say so when this run gave no adapter: nothing finite, or the folder was removed from a continued run."""
         super().on_fit_end(trainer, pl_module)
         self._held.close()
-        if not trainer.is_global_zero or (self.path / "adapter_config.json").is_file():
+        if not trainer.is_global_zero:
             return
-        if self.best is None:
+        there = (self.path / "adapter_config.json").is_file()
+        if self._finite is False or (self.best is None and not there):
             _LOG.warning(
-                "no adapter in %s: %s was never finite in a validated epoch; lower the learning rate, or look for what "
-                "is missing in the validation labels", self.path, checkpoint_callback(trainer).monitor,
+                "%s in %s: %s was never finite in a validated epoch; lower the learning rate, or look for what is "
+                "missing in the validation labels", "only the adapter of before" if there else "no adapter", self.path,
+                checkpoint_callback(trainer).monitor,
             )  # fmt: skip
-            return
-        _LOG.warning(
-            "no adapter in %s: no epoch of this run was better than the best before (%s); take it from best.ckpt "
-            "(README, NequIP), or train longer", self.path, self.best,
-        )  # fmt: skip
+        elif not there:
+            _LOG.warning(
+                "no adapter in %s: no epoch of this run was better than the best before (%s); take it from best.ckpt "
+                "(README, NequIP), or train longer", self.path, self.best,
+            )  # fmt: skip
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Say where the last adapter is."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from mace_lora.lora.adapter import AdapterFile, framework_of
 
-__all__ = ["base_metadata", "check_adapter", "holds_adapter", "restore_energies"]
+__all__ = ["base_metadata", "check_adapter", "energies_of", "holds_adapter"]
 
 _LOG = logging.getLogger("equitune")
 
@@ -53,7 +54,21 @@ def _energies(model: nn.Module) -> dict[str, list[float] | None]:
     return out
 
 
-def restore_energies(model: nn.Module, metadata: Mapping[str, Any]) -> None:
+@contextmanager
+def energies_of(model: nn.Module, metadata: Mapping[str, Any]) -> Iterator[None]:
+    """Shifts and scales of an adapter's base; the model gets its own back where the adapter is refused inside."""
+    before = {name: m for name, m in model.named_modules() if type(m).__name__ == "PerTypeScaleShift"}
+    try:
+        if metadata.get("framework") == "nequip":
+            _restore_energies(model, metadata)
+        yield
+    except BaseException:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+        raise
+
+
+def _restore_energies(model: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Give a base the per-type shifts and scales it had when the adapter was trained, by upstream's modifier.
 
     Fine-tuning commonly starts with ``modify_PerTypeScaleShift``; so the adapter goes onto the model that

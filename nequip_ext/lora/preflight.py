@@ -52,13 +52,14 @@ def adapted_model(pl_module: Any) -> Any:
     """The one adapted model of a Lightning module.
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: there is none, or several; NequIP takes the model of a continued run from its checkpoint.
     """
     found = [m for m in pl_module.model.values() if hasattr(m, "equitune_metadata")]
     if len(found) != 1:
         raise ValueError(
             f"SaveAdapter: expected one model built by nequip_ext.LoRA, got {len(found)}; wrap 'model' in "
-            "'_target_: nequip_ext.LoRA'"
+            "'_target_: nequip_ext.LoRA'. 'ckpt_path' continues a run, with the model of that run and not the "
+            "config's: give a base as 'checkpoint_path' of nequip.model.ModelFromCheckpoint instead"
         )
     return found[0]
 

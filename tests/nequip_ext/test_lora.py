@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ def name(request):
 
 
 def test_what_is_adapted(name):
-    kinds = {r.kind for r in coverage(lora(name, rank=2)).rows}
+    """Every weight but those of the embeddings."""
+    model = lora(name, rank=2)
+    kinds = {r.kind for r in coverage(model).rows}
     expected = {
         "nequip": {"o3.Linear", "o3.FullyConnectedTensorProduct", "NequIP MLP", "Bessel basis", "energy references"},
         "allegro": {"NequIP MLP", "Allegro contraction", "energy references"},
@@ -46,6 +49,8 @@ def test_what_is_adapted(name):
         "multiscale": {"o3.Linear", "o3.FullyConnectedTensorProduct", "NequIP MLP", "energy references"},
     }
     assert kinds == expected[name]
+    left = [n for n, _ in model.named_parameters() if not any(n.startswith(f"{m}.") for m in adapter_layers(model))]
+    assert left and all(re.search(r"(type|center|neighbor)_embed\.(embed_module\.)?weight$", n) for n in left)
 
 
 def test_identity_training_merge_and_pickle(name):
@@ -69,6 +74,64 @@ def test_identity_training_merge_and_pickle(name):
     assert not any("lora" in n for n in packaged.state_dict())
     torch.testing.assert_close(energy_forces(packaged, data), after, **TIGHT)
     torch.testing.assert_close(energy_forces(merge_lora(copy.deepcopy(model)), data), after, **TIGHT)
+
+
+def crystal(strain: torch.Tensor | None = None):
+    """A distorted cell of four atoms as NequIP's data, strained by a 3x3 matrix; and its volume in Å³."""
+    from ase.build import bulk
+    from nequip.data import compute_neighborlist_, from_ase
+
+    atoms = bulk("Cu", cubic=True, a=3.2)
+    atoms.symbols[:] = ["C", "O", "H", "H"]
+    atoms.rattle(0.05, seed=1)
+    if strain is not None:
+        atoms.set_cell(atoms.cell @ (torch.eye(3).double() + strain).numpy(), scale_atoms=True)
+    data = compute_neighborlist_(from_ase(atoms), r_max=4.0)
+    data["atom_types"] = torch.tensor([["H", "C", "O"].index(s) for s in atoms.get_chemical_symbols()])
+    return data, atoms.get_volume()
+
+
+def test_stress_is_the_derivative_by_the_strain(name):
+    model = lora(name, rank=2)
+    randomise(model)
+    data, volume = crystal()
+    stress = model(data)["stress"].detach().view(3, 3)
+    assert stress.abs().max() > 1e-3
+    for i, j in ((0, 0), (1, 1), (0, 1), (1, 2)):
+        strain = torch.zeros(3, 3).double()
+        strain[i, j] = strain[j, i] = 1e-4 if i == j else 5e-5
+        up, down = (float(model(crystal(e)[0])["total_energy"].detach()) for e in (strain, -strain))
+        assert float(stress[i, j]) == pytest.approx((up - down) / 2e-4 / volume, abs=1e-6)
+
+
+@pytest.mark.parametrize("which", ["nequip", "painn"])
+def test_compiled_training_computes_what_eager_does(which):
+    """Energies, forces and the gradients of a loss, in float32, by the graph that nequip-train compiles."""
+    import warnings
+
+    from nequip.data import AtomicDataDict
+
+    frames = [molecule(), molecule(), molecule()]
+    frames[1]["pos"] = frames[1]["pos"] * 1.03
+    data, models = AtomicDataDict.batched_from_list(frames), []
+    for mode in ("eager", "compile"):
+        model = lora(which, {"model_dtype": "float32"}, rank=2, compile_mode=mode).train()
+        randomise(model)
+        models.append(model)
+    assert models[1].is_compile_graph_model
+    found = []
+    for model in models:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = model(dict(data))
+        (out["forces"].square().sum() + out["total_energy"].sum()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append(({k: out[k].detach() for k in ("total_energy", "forces")}, gradients))
+    for key in found[0][0]:
+        torch.testing.assert_close(found[1][0][key], found[0][0][key], atol=2e-5, rtol=1e-5)
+    assert found[0][1].keys() == found[1][1].keys() and any(".lora_A." in n for n in found[0][1])
+    for n, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][n], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-6, rtol=0)
 
 
 def test_equivariance_and_inversion(name):
@@ -97,6 +160,27 @@ def test_adapter_file_on_the_same_base_and_on_another(name, tmp_path):
         lora(name, {"r_max": 4.5}, adapter=str(tmp_path))
     with pytest.raises(ValueError, match="rank: the adapter given by 'adapter' brings its own"):
         lora(name, adapter=str(tmp_path), rank=4)
+
+
+def test_refused_adapter_leaves_the_model_as_it_was(tmp_path):
+    """An adapter brings the shifts of its base, but not to a model that it does not belong to."""
+    from nequip.model import modify
+
+    change = {"modifier": "modify_PerTypeScaleShift", "shifts": {"H": -13.0, "C": -1000.0, "O": -2000.0}}
+    model = nequip_ext.LoRA(model=modify(build("nequip"), [change]), rank=2)
+    save_adapter(model, tmp_path, config=LoraConfig.from_dict(model.equitune_config), metadata=model.equitune_metadata)
+    own = build("nequip")
+    load_adapter(own, tmp_path)
+    assert energy_forces(own, molecule())[0] < -4000
+    other = build("nequip", seed=7)
+    before = {n: v.clone() for n, v in other.state_dict().items()}
+    for attempt in (
+        lambda: load_adapter(other, tmp_path), lambda: nequip_ext.LoRA(model=other, adapter=str(tmp_path)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="trained on another base model"):
+            attempt()
+        after = other.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(v, after[n]) for n, v in before.items())
 
 
 def test_adapter_of_a_mace_base_is_refused(tmp_path):

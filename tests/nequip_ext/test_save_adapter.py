@@ -139,6 +139,33 @@ def test_bad_labels(work, tmp_path):
     assert "path: expected a folder for the adapter, new or of this run, got" in log
 
 
+def test_labels_are_looked_at_after_a_restart_too(work, tmp_path):
+    frames = ase.io.read(work / "half.xyz", ":")
+    lora(work, tmp_path, "epochs=1", "data.train_dataloader.shuffle=false")
+    frames[17].arrays["REF_forces"][2, 0] = np.nan
+    ase.io.write(tmp_path / "nan.xyz", frames, format="extxyz")
+    log = lora(work, tmp_path, "epochs=3", "data.train_dataloader.shuffle=false", f"++ckpt_path={tmp_path}/last.ckpt",
+               f"data.train_file_path={tmp_path}/nan.xyz", check=False)  # fmt: skip
+    assert "training batch 3: label 'forces' is NaN or infinite in frames [" in log
+    # a base is no run to continue
+    log = lora(work, tmp_path / "base", "epochs=2", f"++ckpt_path={work}/base/last.ckpt", check=False)
+    assert "'ckpt_path' continues a run, with the model of that run and not the config's: give a base" in log
+
+
+def test_restarted_training_is_the_uninterrupted_one(work, tmp_path):
+    import torch
+
+    def trained(name: str, *overrides: str) -> dict:
+        lora(work, tmp_path / name, "data.train_dataloader.shuffle=false", *overrides)
+        state = torch.load(tmp_path / name / "last.ckpt", map_location="cpu", weights_only=False)["state_dict"]
+        return {n: v for n, v in state.items() if torch.is_tensor(v)}
+
+    once = trained("once", "epochs=2")
+    trained("twice", "epochs=1")
+    again = trained("twice", "epochs=2", f"++ckpt_path={tmp_path}/twice/last.ckpt")
+    assert once.keys() == again.keys() and all(torch.equal(v, again[n]) for n, v in once.items())
+
+
 def test_adapter_from_a_checkpoint_whose_base_is_another_by_now(work, tmp_path):
     """Weights come from the checkpoint, and numbers of neighbours from the file."""
     from nequip_ext.lora.saved import load_nequip
