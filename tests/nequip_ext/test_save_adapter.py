@@ -147,8 +147,11 @@ def test_labels_are_looked_at_after_a_restart_too(work, tmp_path):
     log = lora(work, tmp_path, "epochs=3", "data.train_dataloader.shuffle=false", f"++ckpt_path={tmp_path}/last.ckpt",
                f"data.train_file_path={tmp_path}/nan.xyz", check=False)  # fmt: skip
     assert "training batch 3: label 'forces' is NaN or infinite in frames [" in log
-    # a base is no run to continue
-    log = lora(work, tmp_path / "base", "epochs=2", f"++ckpt_path={work}/base/last.ckpt", check=False)
+
+
+def test_a_base_is_no_run_to_continue(work, tmp_path):
+    log = " ".join(train("nequip_lora", f"folder={tmp_path}", f"base={work}/base/best.ckpt", "epochs=2",
+                         f"++ckpt_path={work}/base/last.ckpt", check=False).split())  # fmt: skip
     assert "'ckpt_path' continues a run, with the model of that run and not the config's: give a base" in log
 
 
