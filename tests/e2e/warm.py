@@ -1,7 +1,7 @@
-"""``mace_run_train`` without its imports: the console script, run in a fork of a process that has made them.
+"""Commands without their imports: the console script, run in a fork of a process that has made them.
 
-Most of a short training's time is the import of torch and MACE. Start-up itself (the hook, ``python -m``, torchrun) is
-tested with processes of their own.
+Most of a short training's time is the import of torch and MACE or NequIP. Start-up itself (the hook, ``python -m``,
+torchrun), compiled training and packaging are tested with processes of their own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import tempfile
 from pathlib import Path
 
 _SERVER = r"""
-import atexit, json, os, runpy, sys, traceback
+import atexit, importlib, json, os, runpy, sys, traceback
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # imports print
-import mace.cli.run_train
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 
 for line in sys.stdin:
     job = json.loads(line)
@@ -51,28 +52,40 @@ for line in sys.stdin:
     os._exit(code)
 """
 
-_server: subprocess.Popen[str] | None = None
+_servers: dict[tuple[str, ...], subprocess.Popen[str]] = {}
 
 
-def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a console script of MACE; as ``subprocess.run`` with its output and errors in one."""
-    global _server
-    if _server is None or _server.poll() is not None:
-        _server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+def run(
+    arguments: list[str],
+    env: dict[str, str],
+    imports: tuple[str, ...] = ("mace.cli.run_train",),
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script by path; as ``subprocess.run`` with its output and errors in one.
+
+    Args:
+        arguments: script, then its arguments.
+        env: its environment.
+        imports: modules that the process to fork from has imported.
+        cwd: folder to run in, by default this process's.
+    """
+    server = _servers.get(imports)
+    if server is None or server.poll() is not None:
+        server = _servers[imports] = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _SERVER, *imports], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, env=env,
         )  # fmt: skip
-        atexit.register(_server.kill)
-    assert _server.stdin and _server.stdout
+        atexit.register(server.kill)
+    assert server.stdin and server.stdout
     with tempfile.NamedTemporaryFile() as output:
-        job = {"argv": arguments, "env": env, "cwd": str(Path.cwd()), "output": output.name}
-        print(json.dumps(job), file=_server.stdin, flush=True)
+        job = {"argv": arguments, "env": env, "cwd": str(cwd or Path.cwd()), "output": output.name}
+        print(json.dumps(job), file=server.stdin, flush=True)
         try:
-            answer = _server.stdout.readline()
+            answer = server.stdout.readline()
         except BaseException:  # a test's time is up
-            _server.kill()
+            server.kill()
             raise
-        assert answer, "the process that runs mace_run_train has ended"
+        assert answer, "the process that runs commands has ended"
         return subprocess.CompletedProcess(arguments, int(answer), Path(output.name).read_text())
 
 

@@ -1,7 +1,7 @@
 """nequip-train with nequip_ext.LoRA: a packaged base, compilation, two processes."""
 
 import pytest
-from test_lora_lifecycle import BIN, ROOT, call, close, predict
+from test_lora_lifecycle import BIN, ROOT, call, close, predict, train
 
 pytest.importorskip("nequip")
 pytestmark = pytest.mark.nequip
@@ -13,7 +13,7 @@ CONFIGS = ROOT / "recipes" / "configs"
 def work(tmp_path_factory):
     """A base as checkpoint and package, and the LoRA config on the package."""
     folder = tmp_path_factory.mktemp("modes")
-    call(BIN / "nequip-train", "-cd", CONFIGS, "-cn", "nequip_scratch", "epochs=1", f"folder={folder}/base")
+    train("nequip_scratch", "epochs=1", f"folder={folder}/base")
     call(BIN / "nequip-package", "build", folder / "base" / "best.ckpt", folder / "base.nequip.zip")
     text = (CONFIGS / "nequip_lora.yaml").read_text()
     text = text.replace("ModelFromCheckpoint", "ModelFromPackage").replace("checkpoint_path:", "package_path:")
@@ -24,8 +24,8 @@ def work(tmp_path_factory):
 
 
 def lora(work, name: str, *overrides: str, config: str = "nequip_lora", base: str = "base/best.ckpt") -> str:
-    places = ("-cd", work / "configs" if config == "packaged" else CONFIGS, "-cn", config)
-    return call(BIN / "nequip-train", *places, "epochs=2", f"folder={work}/{name}", f"base={work}/{base}", *overrides)
+    places = work / "configs" if config == "packaged" else CONFIGS
+    return train(config, "epochs=2", f"folder={work}/{name}", f"base={work}/{base}", *overrides, folder=places)
 
 
 @pytest.fixture(scope="module")
