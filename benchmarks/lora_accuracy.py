@@ -1,6 +1,6 @@
 """LoRA against full fine-tuning and MACE's own LoRA on real data: accuracy at 50 + 50 labels.
 
-Each method gets the same frames, budget and its own learning-rate sweep on the first seed; the
+Each method gets the same frames, budget and its own learning-rate sweep on the first seed, widened past its edges; the
 learning rate with the lowest geometric mean of validation energy and force MAE is then run on the
 other seeds. Test frames are only reported. One JSON file per run, so that a stopped benchmark
 continues, several sessions can share the work, and tables and plots come from files alone.
@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from finetune import METHODS, Job, run, zero_shot
+from sweep import next_rate
 
 from mace_lora.atomic import atomic_path, write_text
 
@@ -74,13 +75,20 @@ def run_all(
     for s, b, _ in cases:
         zero_shot(s, b, data, files, results)
     sweep = [Job(s, b, m, float(lr), seed_list[0], epochs) for s, b, m in cases for lr in (lrs or LRS[m]).split(",")]
-    rows = _in_parallel(sweep, jobs, data, files, workdir, results)
+    rows: list[dict[str, Any]] = []
+    tried: set[Job] = set()
+    while sweep:
+        tried.update(sweep)
+        rows += _in_parallel(sweep, jobs, data, files, workdir, results)
+        swept = {c: [r for r in rows if (r["set"], r["base"], r["method"]) == c] for c in cases}
+        wider = {c: next_rate(mine, score) for c, mine in swept.items() if mine}
+        more = [Job(*c, lr, seed_list[0], epochs) for c, lr in wider.items() if lr is not None]
+        sweep = [job for job in more if job not in tried]  # a run that failed is not tried again
     rest = []
-    for s, b, m in cases:
-        mine = [r for r in rows if (r["set"], r["base"], r["method"]) == (s, b, m)]
+    for case, mine in swept.items():
         if mine:
             best = min(mine, key=score)["lr"]
-            rest += [Job(s, b, m, best, seed, epochs) for seed in seed_list[1:]]
+            rest += [Job(*case, best, seed, epochs) for seed in seed_list[1:]]
     _in_parallel(rest, jobs, data, files, workdir, results)
     print(f"results in {results}")
 

@@ -31,6 +31,7 @@ import numpy as np
 import typer
 from datasets import load_split, write
 from omegaconf import OmegaConf
+from sweep import next_rate
 
 from mace_lora.atomic import write_text
 from mace_lora.lora.energies import solve_offsets
@@ -187,14 +188,6 @@ def score(row: dict[str, Any]) -> float:
     return float(np.sqrt(row["valid"]["mae_e"] * row["valid"]["mae_f"]))
 
 
-def next_rate(rows: list[dict[str, Any]]) -> float | None:
-    """The rate by which the sweep goes on where the best one is at its edge; 6 rates at most."""
-    rates, best = sorted(r["lr"] for r in rows), min(rows, key=score)["lr"]
-    if best not in (rates[0], rates[-1]) or len(rates) > 5:
-        return None
-    return 2 * best if best == rates[-1] else best / 2
-
-
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="folder of the public data sets")],
@@ -211,7 +204,7 @@ def run(
         zero_shot(name, first, data, work, results)
         for method, lrs in LRS.items():
             rows = [one_run(name, method, lr, first, epochs, data, work, results) for lr in lrs]
-            while wider := next_rate(rows):
+            while wider := next_rate(rows, score):
                 rows.append(one_run(name, method, wider, first, epochs, data, work, results))
             best = min(rows, key=score)["lr"]
             rows += [one_run(name, method, best, seed, epochs, data, work, results) for seed in rest]

@@ -29,6 +29,7 @@ import torch
 import typer
 from ase.calculators.singlepoint import SinglePointCalculator
 from datasets import extxyz, load_split, split
+from sweep import next_rate
 
 from mace_lora import LoraConfig, apply_lora
 from mace_lora.atomic import write_text
@@ -146,14 +147,6 @@ def score(row: dict[str, Any]) -> float:
     return float(row["valid"]["mae_f"])
 
 
-def next_rate(rows: list[dict[str, Any]]) -> float | None:
-    """The rate by which the sweep goes on where the best one is at its edge; 6 rates at most."""
-    rates, best = sorted(r["lr"] for r in rows), min(rows, key=score)["lr"]
-    if best not in (rates[0], rates[-1]) or len(rates) > 5:
-        return None
-    return float(2 * best if best == rates[-1] else best / 2)
-
-
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="folder of the public data sets")],
@@ -169,7 +162,7 @@ def run(
     for name in sets.split(","):
         rows = {m: [one_run(name, m, lr, first, epochs, data, results) for lr in lrs] for m, lrs in LRS.items()}
         for method, done in rows.items():
-            while wider := next_rate(done):
+            while wider := next_rate(done, score):
                 done.append(one_run(name, method, wider, first, epochs, data, results))
         for seed in rest:
             for method, done in rows.items():

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.mace
 
 
 def equitune(*arguments, check=True):
-    return launch([BIN / "equitune", *arguments], check=check)
+    own = arguments[0] in ("run", "tune")  # they start mace_run_train
+    return launch([BIN / "equitune", *arguments], check=check, warm=not own)
 
 
 @pytest.fixture(scope="module")
