@@ -265,7 +265,7 @@ def test_models_that_have_what_it_adds():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("short")
-    train("nequip_scratch", "epochs=1", f"folder={folder}")
+    train("nequip_scratch", "epochs=1", f"folder={folder}", "training_module.model.num_layers=1")  # to compile it soon
     return folder / "best.ckpt"
 
 
@@ -297,7 +297,7 @@ def test_around_a_package(base, tmp_path):
     text = (recipes / "nequip_add_long.yaml").read_text()
     text = text.replace("ModelFromCheckpoint", "ModelFromPackage").replace("checkpoint_path:", "package_path:")
     (tmp_path / "around.yaml").write_text(text)
-    call(BIN / "nequip-train", "-cd", tmp_path, "-cn", "around", "epochs=1", f"folder={tmp_path}/run", f"base={short}")
+    train("around", "epochs=1", f"folder={tmp_path}/run", f"base={short}", folder=tmp_path)
     trained = predict(tmp_path / "run" / "best.ckpt", "")
     call(BIN / "nequip-package", "build", tmp_path / "run" / "best.ckpt", longer)
     assert close(predict(longer, "block"), trained, 1e-5, 1e-3)

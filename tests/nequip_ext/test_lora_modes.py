@@ -13,7 +13,7 @@ CONFIGS = ROOT / "recipes" / "configs"
 def work(tmp_path_factory):
     """A base as checkpoint and package, and the LoRA config on the package."""
     folder = tmp_path_factory.mktemp("modes")
-    train("nequip_scratch", "epochs=1", f"folder={folder}/base")
+    train("nequip_scratch", "epochs=1", f"folder={folder}/base", "training_module.model.num_layers=2")
     call(BIN / "nequip-package", "build", folder / "base" / "best.ckpt", folder / "base.nequip.zip")
     text = (CONFIGS / "nequip_lora.yaml").read_text()
     text = text.replace("ModelFromCheckpoint", "ModelFromPackage").replace("checkpoint_path:", "package_path:")

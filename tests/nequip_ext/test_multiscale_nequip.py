@@ -189,11 +189,13 @@ def trained(tmp_path_factory):
 def test_training_compiled_packaged_and_in_ase(trained):
     from test_lora_lifecycle import BIN, call, close, predict
 
-    eager = predict(trained / "eager" / "best.ckpt", "")
-    train("nequip_multiscale", "epochs=2", f"folder={trained}/compiled", "+training_module.model.compile_mode=compile")
+    small = ("epochs=2", "training_module.model.num_layers=2")
+    train("nequip_multiscale", *small, f"folder={trained}/small")
+    eager = predict(trained / "small" / "best.ckpt", "")
+    train("nequip_multiscale", *small, f"folder={trained}/compiled", "+training_module.model.compile_mode=compile")
     assert close(predict(trained / "compiled" / "best.ckpt", ""), eager, 1e-2, 0.1)
     package, compiled = trained / "ms.nequip.zip", trained / "ms.nequip.pt2"
-    call(BIN / "nequip-package", "build", trained / "eager" / "best.ckpt", package)
+    call(BIN / "nequip-package", "build", trained / "small" / "best.ckpt", package)
     assert close(predict(package, "block"), eager, 1e-5, 1e-3)  # without our package installed
     call(BIN / "nequip-compile", package, compiled, "--mode", "aotinductor", "--device", "cpu", "--target", "ase")
     assert close(predict(compiled, "block"), eager, 1e-3, 1e-2)
