@@ -3,7 +3,8 @@
 The published experiment (Cu, 300 K) in kind, and mlearn's Cu and Si: 10 training and 10 validation frames,
 up to 60 test frames, SevenNet's own Trainer, loss (the checkpoint's) and Adam; nothing of sevenn is changed,
 the adapter is put on its model by mace_lora.apply_lora. Both methods start from the same aligned energy shift and get a
-learning-rate sweep on the first seed, chosen by the validation forces and widened past its edges; energies are
+learning-rate sweep on the first seed, chosen by the validation forces and widened past its edges; the epoch that is
+kept is the best by the geometric mean of validation E and F, noisy on 10 frames for both; energies are
 given with the constant offset of the training frames removed, for both.
 
 Command:  python benchmarks/sevennet_lora.py run --data DIR
